@@ -1,0 +1,1 @@
+"""fedtrust: an attack and defence simulator for federated learning."""

@@ -1,0 +1,188 @@
+"""What a client does in a round. Honest by default; an attack overrides one hook."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, dataclass_transform
+
+from torch import Generator, Tensor
+
+from fedtrust.data.base import Task
+from fedtrust.errors import InputError
+from fedtrust.layout import Layout
+from fedtrust.registry import REGISTRY
+
+Knowledge = Literal["own", "coalition", "omniscient", "omniscient+defence"]
+#: From the least to the most that an adversary may know.
+KNOWLEDGE: tuple[Knowledge, ...] = ("own", "coalition", "omniscient", "omniscient+defence")
+
+#: What a client keeps between rounds, by name; tensors only, saved in the checkpoint.
+ClientMemory = dict[str, Tensor]
+
+
+class Predict:
+    """The client's local model as a function, `predict(x [b, *shape]) -> output [b, classes]`.
+
+    Attributes:
+        parameters: the current local parameters by name; differentiable.
+    """
+
+    def __init__(self, call: Callable[[Mapping[str, Tensor], Tensor], Tensor], parameters: Mapping[str, Tensor], layout: Layout) -> None:
+        self._call = call
+        self._layout = layout
+        self.parameters = parameters
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return the outputs [b, classes] for samples `x` [b, *shape]."""
+        return self._call(self.parameters, x)
+
+    @property
+    def params(self) -> Tensor:
+        """The current local parameters as one vector [d]; differentiable (for proximal terms and the like)."""
+        return self._layout.flatten(self.parameters)
+
+
+class View(NamedTuple):
+    """What a client (or a coalition) knows in a round; built only by `fedtrust.views`.
+
+    What every participant of the protocol knows is always there; what only the scenario's `knowledge` grants is `None` unless granted.
+
+    Attributes:
+        params: the global model it was sent [d].
+        round: the round, from 1.
+        task: what is learnt (classes, sample shape, value range).
+        layout: where each layer lies in [d].
+        model: the architecture, `model(params [d], x [b, *shape]) -> [b, classes]`.
+        criterion: the loss that the protocol prescribes, `criterion(output, y) -> scalar`.
+        memory: what it stored in earlier rounds, see `Behaviour.remember`.
+        server: what the server sent beside the model, by name.
+        rng: its own source of randomness; `None` inside `loss`, which must be deterministic.
+        client: its id; `None` in a coalition's `craft` and inside `loss`.
+        coalition: the ids of the clients that act together this round, sorted (with `own`: itself alone).
+        rank: its place in the whole coalition as recruited, and `recruits` how many were (roles can be shared out beforehand).
+        data: in `craft`, the coalition's own samples (x [b, *shape], y [b]); `None` elsewhere.
+        others: the honest updates of this round [m, d]; from `omniscient` on.
+        defence: the server's rule as a function, `defence(updates [n, d]) -> delta [d]`; only with `omniscient+defence`.
+    """
+
+    params: Tensor
+    round: int
+    task: Task
+    layout: Layout
+    model: Callable[[Tensor, Tensor], Tensor]
+    criterion: Callable[[Tensor, Tensor], Tensor]
+    memory: ClientMemory
+    server: Mapping[str, Tensor]
+    rng: Generator | None = None
+    client: int | None = None
+    coalition: tuple[int, ...] = ()
+    rank: int = 0
+    recruits: int = 1
+    data: Callable[[], tuple[Tensor, Tensor]] | None = None
+    others: Tensor | None = None
+    defence: Callable[[Tensor], Tensor] | None = None
+
+
+class Reply(NamedTuple):
+    """What one client sends back, before it is put into a message.
+
+    Attributes:
+        arrays: its local model, name → tensor.
+        examples: on how many samples it says it trained.
+    """
+
+    arrays: dict[str, Any]
+    examples: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Behaviour:
+    """A client that follows the protocol. Annotated fields of a subclass are its parameters in a scenario.
+
+    Hooks, in the order of a round: `poison` → training with `loss` → `craft` → `reply`. A hook that is not overridden costs nothing.
+    """
+
+    #: `honest` or `malicious`; set by the `behaviour` decorator.
+    role: ClassVar[Literal["honest", "malicious"]] = "malicious"
+    #: The least knowledge it can work with.
+    needs_knowledge: ClassVar[Knowledge] = "own"
+
+    def check(self, task: Task) -> str | None:
+        """Return why this behaviour cannot work on the task (asked before anything runs), or `None`."""
+        return None
+
+    def remember(self, size: int) -> ClientMemory:
+        """Return the client's memory before its first round, for a model of `size` parameters; the names and shapes are fixed from then on."""
+        return {}
+
+    def poison(self, x: Tensor, y: Tensor, view: View) -> tuple[Tensor, Tensor]:
+        """Return the data it trains on this round, from its own `x` [b, *shape] and `y` [b]; do not change these in place."""
+        return x, y
+
+    def loss(self, predict: Predict, x: Tensor, y: Tensor, view: View) -> Tensor:
+        """Return what it minimises on a batch `x` [b, *shape], `y` [b], a scalar. Must work under `torch.func.vmap`."""
+        return view.criterion(predict(x), y)
+
+    def craft(self, updates: Tensor, view: View) -> Tensor:
+        """Return what its coalition sends [k, d], from the updates that training gave [k, d] (local minus global model)."""
+        return updates
+
+    def reply(self, reply: Reply, view: View) -> Reply | None:
+        """Return the message it sends; an honest client leaves it as it is. `None` sends nothing."""
+        return reply
+
+    def goal(self, x: Tensor, y: Tensor, task: Task) -> tuple[Tensor, Tensor] | None:
+        """Return the inputs and the labels that count as the attacker's success, from test samples, or `None` without such a goal.
+
+        Used by the teacher's probes: the attack success rate is the share of these inputs that the global model gives these labels.
+        """
+        return None
+
+
+BehaviourClass = TypeVar("BehaviourClass", bound=type[Behaviour])
+
+_HOOKS: dict[str, str] = {"poison": "data", "loss": "training", "craft": "update", "reply": "message"}
+
+
+def overrides(behaviour: Behaviour | type[Behaviour], hook: str) -> bool:
+    """Return whether a behaviour overrides the hook."""
+    cls = behaviour if isinstance(behaviour, type) else type(behaviour)
+    return getattr(cls, hook) is not getattr(Behaviour, hook)
+
+
+def capabilities(cls: type[Behaviour]) -> tuple[str, ...]:
+    """Return what a behaviour manipulates (`data`, `training`, `update`, `message`), read off the hooks it overrides."""
+    return tuple(word for hook, word in _HOOKS.items() if overrides(cls, hook))
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+def behaviour(
+    name: str, *, role: Literal["honest", "malicious"] = "malicious", knowledge: Knowledge = "own", paper: str = "", **meta: Any
+) -> Callable[[BehaviourClass], BehaviourClass]:
+    """Register a `Behaviour` subclass under `name`.
+
+    Args:
+        name: its name in a scenario.
+        role: `honest` behaviours may be every client's, `malicious` ones are for `[[attackers]]`.
+        knowledge: the least knowledge it can work with.
+        paper: authors, venue, section.
+        meta: further declarations, kept in the registry.
+
+    Raises:
+        InputError: it is not a `Behaviour`, overrides no hook, or its parameters cannot be read.
+    """
+
+    def decorate(cls: BehaviourClass) -> BehaviourClass:
+        where = f"{cls.__module__}.{cls.__qualname__}"
+        if not (isinstance(cls, type) and issubclass(cls, Behaviour)):
+            raise InputError("a behaviour is a subclass of fedtrust.Behaviour", where)
+        if role == "malicious" and not capabilities(cls):
+            raise InputError(f"behaviour '{name}' overrides none of {', '.join(_HOOKS)}: it would attack nothing", where)
+        made = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+        made.role = role
+        made.needs_knowledge = knowledge
+        REGISTRY.add("behaviour", name, made, role=role, knowledge=knowledge, paper=paper, **meta)
+        return made
+
+    return decorate

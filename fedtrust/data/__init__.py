@@ -1,0 +1,1 @@
+"""Where the samples come from and how they are spread over the clients."""

@@ -1,0 +1,1 @@
+"""How a round is computed: seeds, cohorts, workers and the Flower grid."""

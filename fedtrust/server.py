@@ -1,0 +1,235 @@
+"""What the server does with a round's updates: filters, one aggregator, steps."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Generator, Tensor
+
+from fedtrust.data.base import Task
+from fedtrust.errors import RunError
+from fedtrust.layout import Layout
+from fedtrust.registry import register
+
+State = Mapping[str, Tensor]
+
+
+class Verdict(NamedTuple):
+    """What a filter, an aggregator or a step returns (a bare tensor means `Verdict(tensor)`).
+
+    Attributes:
+        value: filters: the rows [m, d]; aggregators and steps: the change of the model [d].
+        trust: how far each row that came in is trusted, [n] in [0, 1]: 0 = left out, 1 = fully used. `None` where a rule has no such notion.
+        state: what the component wants back next round (tensors; saved in the checkpoint). `None` keeps the old one.
+        members: filters that merge rows: for each row that came in the index of the row it went into, int64 [n].
+        bound: filters that guarantee it: the largest L2 norm any row can have, fixed before the data was seen.
+    """
+
+    value: Tensor
+    trust: Tensor | None = None
+    state: State | None = None
+    members: Tensor | None = None
+    bound: float | None = None
+
+
+@dataclass(frozen=True)
+class AggContext:
+    """What a server rule may know. Never the ground truth.
+
+    Attributes:
+        params: the current global model [d].
+        weights: each row's number of training samples as registered with the server [n], float32.
+        clients: each row's client id, sorted; empty once a filter has merged or hidden the rows.
+        round: the round, from 1.
+        assumed_malicious: how many of the n rows the defender ASSUMES malicious; the scenario's belief, not the truth.
+        layout: where each layer lies in [d].
+        task: what is learnt.
+        model: the architecture, `model(params [d], x) -> output`.
+        criterion: the loss the protocol prescribes.
+        root: the server's own labelled samples (x, y), if the scenario grants any.
+        state: what this component returned last round; empty at first.
+        bound: the L2 bound on the rows that a filter guarantees, if one does.
+        rng: this component's source of randomness for this round.
+    """
+
+    params: Tensor
+    weights: Tensor
+    clients: tuple[int, ...]
+    round: int
+    assumed_malicious: int
+    layout: Layout
+    task: Task
+    model: Callable[[Tensor, Tensor], Tensor]
+    criterion: Callable[[Tensor, Tensor], Tensor]
+    root: tuple[Tensor, Tensor] | None
+    rng: Generator
+    state: State = field(default_factory=dict)
+    bound: float | None = None
+
+
+Rule = Callable[[Tensor, AggContext], Verdict | Tensor]
+
+
+@dataclass(frozen=True)
+class PipelineFacts:
+    """What a component's `needs` check is told before anything runs.
+
+    Attributes:
+        n: the number of updates a round (after merging filters where that is known beforehand).
+        f: the number of them that the defender assumes malicious.
+        params: the component's own parameters.
+        filters, aggregator, steps: the names in the pipeline.
+        declared: name → what each of these components declared beside itself in the registry.
+        root_samples: the size of the server's own labelled set.
+    """
+
+    n: int
+    f: int
+    params: Mapping[str, Any]
+    filters: tuple[str, ...]
+    aggregator: str
+    steps: tuple[str, ...]
+    declared: Mapping[str, Mapping[str, Any]]
+    root_samples: int
+
+
+Needs = Callable[[PipelineFacts], str | None]
+
+
+def server_filter(name: str, *, needs: Needs | None = None, paper: str = "", **meta: Any) -> Callable[[Any], Any]:
+    """Register a filter `(updates [n, d], ctx, *, parameters) -> [m, d]`; see `aggregator`. `bounds=True`: it guarantees `Verdict.bound`."""
+    return register("filter", name, needs=needs, paper=paper, **meta)
+
+
+def aggregator(name: str, *, needs: Needs | None = None, paper: str = "", **meta: Any) -> Callable[[Any], Any]:
+    """Register an aggregator `(updates [n, d], ctx, *, parameters) -> Verdict`.
+
+    Args:
+        name: its name in a scenario.
+        needs: a function that says why the rule cannot work in a pipeline (n too small for f, rows hidden, …), or returns `None`.
+        paper: authors, venue, section or algorithm.
+        meta: further declarations: `exempt` names the invariances (`translation`, `scale`, `permutation`, …) that do not hold.
+    """
+    return register("aggregator", name, needs=needs, paper=paper, **meta)
+
+
+def step(name: str, *, needs: Needs | None = None, paper: str = "", **meta: Any) -> Callable[[Any], Any]:
+    """Register a step `(delta [d], ctx, *, parameters) -> delta [d]`; see `aggregator`."""
+    return register("step", name, needs=needs, paper=paper, **meta)
+
+
+class Stage(NamedTuple):
+    """One component of a pipeline: its place (`filters[0]`, `aggregator`, `steps[1]`), name and bound function."""
+
+    place: str
+    name: str
+    rule: Rule
+
+
+class Outcome(NamedTuple):
+    """What a pipeline made of a round.
+
+    Attributes:
+        delta: the change of the global model [d].
+        trust: per client row that came in [n], or `None`.
+        states: the components' states by place.
+        seconds: how long each component took, by place.
+    """
+
+    delta: Tensor
+    trust: Tensor | None
+    states: dict[str, State]
+    seconds: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Filters, one aggregator, steps, in this order."""
+
+    filters: Sequence[Stage]
+    aggregator: Stage
+    steps: Sequence[Stage]
+
+    def __call__(
+        self, updates: Tensor, ctx: AggContext, states: Mapping[str, State], rng: Callable[[str], Generator]
+    ) -> Outcome:
+        """Turn the updates [n, d] into the change of the model.
+
+        Args:
+            updates: one row a client, sorted by client id; must be finite.
+            ctx: the context of the round; `state` and `rng` are set here for each component.
+            states: the components' states by place.
+            rng: gives a component's generator by its place.
+
+        Raises:
+            RunError: a component raised, or returned something of the wrong shape or not finite; it is named.
+        """
+        new: dict[str, State] = dict(states)
+        seconds: dict[str, float] = {}
+        n = len(updates)
+        trust: Tensor | None = None
+        row_of = torch.arange(n)  # which current row each client's update went into
+        value = updates
+        for stage in (*self.filters, self.aggregator, *self.steps):
+            began = time.perf_counter()
+            here = replace(ctx, state=states.get(stage.place, {}), rng=rng(stage.place))
+            verdict = _run(stage, value, here)
+            _check(stage, verdict, value, ctx.layout.size, rows=stage.place.startswith("filters"))
+            seconds[stage.place] = time.perf_counter() - began
+            if verdict.state is not None:
+                new[stage.place] = dict(verdict.state)
+            if verdict.trust is not None:
+                spread = verdict.trust.detach().float()[row_of]
+                trust = spread if trust is None else trust * spread
+            ctx = replace(ctx, bound=verdict.bound if verdict.bound is not None else ctx.bound)
+            if verdict.members is not None:
+                row_of, ctx = verdict.members[row_of], _merged(ctx, verdict.members, len(verdict.value))
+            value = verdict.value
+        return Outcome(value, trust, new, seconds)
+
+
+def _run(stage: Stage, value: Tensor, ctx: AggContext) -> Verdict:
+    try:
+        with torch.no_grad():
+            result = stage.rule(value, ctx)
+    except RunError:
+        raise
+    except Exception as error:
+        raise RunError(f"{stage.place} '{stage.name}' failed in round {ctx.round}: {type(error).__name__}: {error}") from error
+    return result if isinstance(result, Verdict) else Verdict(result)
+
+
+def _check(stage: Stage, verdict: Verdict, given: Tensor, size: int, *, rows: bool) -> None:
+    who = f"{stage.place} '{stage.name}'"
+    value = verdict.value
+    if not isinstance(value, Tensor):
+        raise RunError(f"{who} returned {type(value).__name__}, not a tensor")
+    good = value.dim() == 2 and value.shape[1] == size and len(value) > 0 if rows else value.shape == (size,)
+    if not good:
+        raise RunError(f"{who} returned shape {list(value.shape)}, expected {f'[m, {size}]' if rows else f'[{size}]'}")
+    if value.dtype != torch.float32:
+        raise RunError(f"{who} returned {value.dtype}, expected torch.float32")
+    if not bool(torch.isfinite(value).all()):
+        raise RunError(f"{who} returned a value that is not finite")
+    if rows and verdict.members is None and len(value) != len(given):
+        raise RunError(f"{who} turned {len(given)} rows into {len(value)} without saying which went where (Verdict.members)")
+    if verdict.trust is not None and (given.dim() != 2 or verdict.trust.shape != (len(given),)):
+        raise RunError(f"{who} returned trust of shape {list(verdict.trust.shape)}, expected one value a row")
+
+
+def _merged(ctx: AggContext, members: Tensor, m: int) -> AggContext:
+    """Return the context after rows were merged: weights added up, client ids hidden, the assumed attackers one row each."""
+    weights = torch.zeros(m).index_add_(0, members, ctx.weights)
+    return replace(ctx, weights=weights, clients=(), assumed_malicious=min(ctx.assumed_malicious, m))
+
+
+def assumed_count(assumed: float | int, n: int) -> int:
+    """Return how many of n updates the defender assumes malicious: a count as it is, a share rounded up."""
+    if isinstance(assumed, int):
+        return min(assumed, n)
+    return min(n, max(0, math.ceil(assumed * n - 1e-9)))  # the 1e-9: 0.2 * 20 is a little more than 4

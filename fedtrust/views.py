@@ -1,0 +1,94 @@
+"""Who may see what: the only place where an adversary's or an observer's knowledge is handed out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fedtrust.client import KNOWLEDGE, ClientMemory, Knowledge, View
+from fedtrust.engine import seeds
+
+if TYPE_CHECKING:
+    from fedtrust.engine.cohort import Chunk, ClientTask
+    from fedtrust.engine.world import World
+
+
+def at_least(knowledge: Knowledge, needed: Knowledge) -> bool:
+    """Return whether one level of knowledge includes another."""
+    return KNOWLEDGE.index(knowledge) >= KNOWLEDGE.index(needed)
+
+
+def local_view(world: World, chunk: Chunk, task: ClientTask, purpose: str) -> View:
+    """Return what a single client knows while it prepares its data and trains."""
+    return View(
+        params=chunk.params.to(world.device),
+        round=chunk.round,
+        task=world.data.task,
+        layout=world.layout,
+        model=world.model,
+        criterion=world.criterion,
+        memory={k: v.clone() for k, v in task.memory.items()},
+        server=chunk.server,
+        rng=seeds.torch_stream(world.seed, purpose, chunk.round, task.client),
+        client=task.client,
+        coalition=(task.client,),
+        rank=task.rank,
+        recruits=task.recruits,
+    )
+
+
+def in_loss(view: View, memory: ClientMemory | None = None) -> View:
+    """Return the view inside `loss`: no randomness and nothing that differs between the clients of a chunk but their memory."""
+    return view._replace(rng=None, client=None, coalition=(), rank=0, recruits=1, memory=view.memory if memory is None else memory)
+
+
+def crafting_view(
+    world: World,
+    round_number: int,
+    params: Tensor,
+    server: Mapping[str, Tensor],
+    members: Sequence[ClientTask],
+    knowledge: Knowledge,
+    others: Tensor,
+    defence: Callable[[Tensor], Tensor] | None,
+) -> View:
+    """Return what a coalition knows when it decides what to send.
+
+    Args:
+        world: the run.
+        round_number: the round, from 1.
+        params: the global model they were sent [d].
+        server: what else they were sent.
+        members: the coalition's clients of this round; one alone without `coalition` knowledge.
+        knowledge: what the scenario grants.
+        others: the honest updates of this round [m, d]; passed on from `omniscient` on, as a copy.
+        defence: the server's rule; passed on with `omniscient+defence`.
+    """
+    ids = tuple(m.client for m in members)
+
+    def own_data() -> tuple[Tensor, Tensor]:
+        rows = torch.cat([torch.from_numpy(world.data.parts[c]) for c in ids]).to(world.data.x.device)
+        return world.data.x[rows], world.data.y[rows]
+
+    sees_all = at_least(knowledge, "omniscient")
+    return View(
+        params=params.clone(),
+        round=round_number,
+        task=world.data.task,
+        layout=world.layout,
+        model=world.model,
+        criterion=world.criterion,
+        memory={k: v.clone() for k, v in members[0].memory.items()},
+        server=server,
+        rng=seeds.torch_stream(world.seed, "craft", round_number, ids[0]),
+        client=ids[0] if len(ids) == 1 else None,
+        coalition=ids,
+        rank=members[0].rank,
+        recruits=members[0].recruits,
+        data=own_data,
+        others=others.clone() if sees_all else None,
+        defence=defence if at_least(knowledge, "omniscient+defence") else None,
+    )

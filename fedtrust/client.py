@@ -133,9 +133,10 @@ class Behaviour:
         return reply
 
     def goal(self, x: Tensor, y: Tensor, task: Task) -> tuple[Tensor, Tensor] | None:
-        """Return the inputs and the labels that count as the attacker's success, from test samples, or `None` without such a goal.
+        """Return what the attacker wants the model to say, or `None` without such a goal: inputs and the labels he wants for them.
 
         Used by the teacher's probes: the attack success rate is the share of these inputs that the global model gives these labels.
+        Made from the test samples `x` [n, *shape], `y` [n] in their order, samples whose wanted label is the true one are not counted.
         """
         return None
 

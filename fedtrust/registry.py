@@ -12,6 +12,7 @@ import importlib
 import inspect
 import pkgutil
 import re
+import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -22,9 +23,7 @@ import pydantic
 
 from fedtrust.errors import InputError, allowed_list, nearest
 
-Kind = Literal[
-    "behaviour", "filter", "aggregator", "step", "probe", "model", "loss", "optimiser", "source", "partition", "feature-skew"
-]
+Kind = Literal["behaviour", "filter", "aggregator", "step", "probe", "model", "loss", "optimiser", "source", "partition", "feature-skew"]
 KINDS: tuple[Kind, ...] = typing.get_args(Kind)
 
 #: Packages whose modules register the components that come with fedtrust.
@@ -163,16 +162,18 @@ def _place(target: Any) -> str:
 
 def _parameters(target: Any) -> Iterable[tuple[str, Any, Any]]:
     """Yield (name, annotation, default) of the parameters that a scenario may set."""
-    hints = typing.get_type_hints(target, include_extras=True)
     if inspect.isclass(target):
+        hints = typing.get_type_hints(target, include_extras=True)
         fields = getattr(target, "__dataclass_fields__", {})
         for name in fields:
             yield name, hints[name], getattr(target, name, ...)
         return
-    for name, parameter in inspect.signature(target).parameters.items():
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
-            default = ... if parameter.default is inspect.Parameter.empty else parameter.default
-            yield name, hints.get(name, Any), default
+    settable = {n: p for n, p in inspect.signature(target).parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
+    # Only these annotations are read: what an author writes about the others is his own business.
+    shim = types.SimpleNamespace(__annotations__={n: p.annotation for n, p in settable.items() if p.annotation is not p.empty})
+    hints = typing.get_type_hints(shim, globalns=target.__globals__, include_extras=True)
+    for name, parameter in settable.items():
+        yield name, hints.get(name, Any), ... if parameter.default is parameter.empty else parameter.default
 
 
 def _schema(kind: Kind, name: str, target: Any) -> type[pydantic.BaseModel]:

@@ -155,9 +155,7 @@ class Pipeline:
     aggregator: Stage
     steps: Sequence[Stage]
 
-    def __call__(
-        self, updates: Tensor, ctx: AggContext, states: Mapping[str, State], rng: Callable[[str], Generator]
-    ) -> Outcome:
+    def __call__(self, updates: Tensor, ctx: AggContext, states: Mapping[str, State], rng: Callable[[str], Generator]) -> Outcome:
         """Turn the updates [n, d] into the change of the model.
 
         Args:

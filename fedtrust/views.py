@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from fedtrust.engine import seeds
 if TYPE_CHECKING:
     from fedtrust.engine.cohort import Chunk, ClientTask
     from fedtrust.engine.world import World
+    from fedtrust.probes.base import ProbeContext
 
 
 def at_least(knowledge: Knowledge, needed: Knowledge) -> bool:
@@ -52,6 +54,7 @@ def crafting_view(
     server: Mapping[str, Tensor],
     members: Sequence[ClientTask],
     knowledge: Knowledge,
+    memory: ClientMemory,
     others: Tensor,
     defence: Callable[[Tensor], Tensor] | None,
 ) -> View:
@@ -64,6 +67,7 @@ def crafting_view(
         server: what else they were sent.
         members: the coalition's clients of this round; one alone without `coalition` knowledge.
         knowledge: what the scenario grants.
+        memory: what the coalition remembers; it may write to it.
         others: the honest updates of this round [m, d]; passed on from `omniscient` on, as a copy.
         defence: the server's rule; passed on with `omniscient+defence`.
     """
@@ -81,7 +85,7 @@ def crafting_view(
         layout=world.layout,
         model=world.model,
         criterion=world.criterion,
-        memory={k: v.clone() for k, v in members[0].memory.items()},
+        memory=memory,
         server=server,
         rng=seeds.torch_stream(world.seed, "craft", round_number, ids[0]),
         client=ids[0] if len(ids) == 1 else None,
@@ -92,3 +96,21 @@ def crafting_view(
         others=others.clone() if sees_all else None,
         defence=defence if at_least(knowledge, "omniscient+defence") else None,
     )
+
+
+#: What each observer of the global model sees beside the task and the answers to its queries.
+PROBE_GRANTS: dict[str, frozenset[str]] = {
+    "teacher": frozenset({"params", "model", "clients", "updates", "trust", "test", "data", "truth"}),
+    "curious-server": frozenset({"params", "model", "clients", "updates", "trust"}),
+    "user": frozenset(),
+}
+_GRANTED = PROBE_GRANTS["teacher"]
+
+
+def probe_view(role: str, full: ProbeContext) -> ProbeContext:
+    """Return the context with everything blanked that the role is not granted."""
+    if role == "teacher":
+        return full  # the same object: probes share what it caches
+    hidden = _GRANTED - PROBE_GRANTS[role]
+    blank: dict[str, Any] = {name: () if name == "clients" else None for name in hidden}
+    return dataclasses.replace(full, **blank)

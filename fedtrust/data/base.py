@@ -95,6 +95,6 @@ class FederatedData:
 class SkewFn:
     """A client's feature skew as a picklable, deterministic function of clean samples."""
 
-    def __call__(self, x: Tensor) -> Tensor:  # pragma: no cover - an interface
+    def __call__(self, x: Tensor) -> Tensor:
         """Return `x` [b, *shape] as this client sees it."""
         raise TypeError("a feature skew must say what it does")

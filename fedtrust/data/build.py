@@ -64,15 +64,13 @@ def build(
     with _placed("data.partition"):
         spread = REGISTRY.make("partition", partition, partition_params)
         parts = _checked(spread(labels[rows], clients, stream(seed, "partition")), clients, len(rows), partition)
-    keep = torch.from_numpy(rows)
-    x, y = raw.x_train[keep], raw.y_train[keep]  # indexing copies, so the kept source stays as it is
+    x, y = _take(raw, rows)
     skews: list[SkewFn] = []
     if skew is not None:
         with _placed("data.skew"):
             skews = REGISTRY.make("feature-skew", skew[0], skew[1])(clients, raw.task, seed)
             _put_on(x, parts, skews, skew[0])
-    taken = torch.from_numpy(root_rows)
-    root = (raw.x_train[taken], raw.y_train[taken]) if root_samples else None
+    root = _take(raw, root_rows) if root_samples else None
     return FederatedData(raw.task, x, y, parts, raw.x_test.clone(), raw.y_test.clone(), root, skews)
 
 
@@ -84,11 +82,9 @@ def load(source: str, params: Mapping[str, Any]) -> RawData:
     Raises:
         InputError: an unknown name or parameter, files that are not there, or a source that breaks its promises.
     """
-    with _placed("data.source"):
+    with _placed("data", "source"):
         entry = REGISTRY.get("source", source)
-    with _placed("data"):
         checked = entry.check(params)
-    with _placed("data.source"):
         try:
             text = json.dumps(checked, sort_keys=True)
         except TypeError:  # a plugin's parameter that has no JSON form: read without remembering
@@ -129,6 +125,12 @@ def _set_aside(labels: IntArray, root_samples: int, seed: int) -> tuple[IntArray
     return root, np.flatnonzero(left).astype(np.int64)
 
 
+def _take(raw: RawData, rows: IntArray) -> tuple[Tensor, Tensor]:
+    """Return copies of training samples: indexing by rows copies, so that the remembered source stays as it is."""
+    index = torch.from_numpy(rows)
+    return raw.x_train[index], raw.y_train[index]
+
+
 def _checked(parts: Any, clients: int, total: int, name: str) -> list[IntArray]:
     """Return a partition's rows, sorted, after checking what every partition promises."""
     if not isinstance(parts, list) or len(parts) != clients:
@@ -142,7 +144,8 @@ def _checked(parts: Any, clients: int, total: int, name: str) -> list[IntArray]:
         if not len(part):
             raise InputError(f"partition '{name}' leaves client {client} of {clients} without samples")
         if part.min() < 0 or part.max() >= total:
-            raise InputError(f"partition '{name}': client {client} has row {part.max()} (rows run from 0 to {total - 1})")
+            odd = part.min() if part.min() < 0 else part.max()
+            raise InputError(f"partition '{name}': client {client} has row {odd} (rows run from 0 to {total - 1})")
         np.add.at(used, part, 1)
     if used.max() > 1:
         raise InputError(f"partition '{name}' deals {int((used > 1).sum())} of {total} samples more than once")
@@ -162,8 +165,11 @@ def _put_on(x: Tensor, parts: list[IntArray], skews: list[SkewFn], name: str) ->
 
 
 @contextlib.contextmanager
-def _placed(where: str) -> Iterator[None]:
+def _placed(where: str, key: str = "") -> Iterator[None]:
+    """Place errors under `where`; those that name no parameter of their own under `where.key`."""
     try:
         yield
     except InputError as error:
+        if key and not error.where:
+            error = error.at(key)
         raise error.at(where) from error.__cause__

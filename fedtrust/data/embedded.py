@@ -123,7 +123,8 @@ def _split(name: str, task: Task, x: npt.NDArray[Any], y: npt.NDArray[Any], test
 def _standardise(values: npt.NDArray[Any], train: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Return `values` with the mean of `train` taken off, in units of its deviation (a constant column stays at 0)."""
     deviation = train.std(axis=0)
-    return (values - train.mean(axis=0)) / np.where(deviation > 0, deviation, 1.0)
+    standard: npt.NDArray[Any] = (values - train.mean(axis=0)) / np.where(deviation > 0, deviation, 1.0)
+    return standard
 
 
 def cache_folder() -> Path | None:

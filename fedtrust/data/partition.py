@@ -20,7 +20,7 @@ Alpha = Annotated[float, Field(gt=0, le=1e6)]
 Count = Annotated[int, Field(ge=1)]
 
 #: How often a random spread is drawn again before its minimum is called out of reach.
-ATTEMPTS = 1000
+ATTEMPTS = 300
 
 
 @partition("iid", paper="McMahan et al., Communication-Efficient Learning of Deep Networks, AISTATS 2017, section 3 (IID)")
@@ -36,7 +36,8 @@ def iid(labels: IntArray, clients: int, rng: np.random.Generator) -> list[IntArr
 
 @partition(
     "dirichlet",
-    paper="Yurochkin et al., ICML 2019, section 4; Li et al., ICDE 2022, section IV-B; 'equal': Hsu et al., arXiv:1909.06335, section 2",
+    paper="Yurochkin et al., Bayesian Nonparametric FL, ICML 2019, Experiments; Li et al., Federated Learning on Non-IID Data Silos, "
+    "ICDE 2022 (distribution-based label imbalance); 'equal': Hsu et al., arXiv:1909.06335, 2019 (synthetic non-identical client data)",
 )
 def dirichlet(
     labels: IntArray,
@@ -60,7 +61,8 @@ def dirichlet(
         balance: `none`: for each class p ~ Dir_clients(alpha), as the papers of Yurochkin and Li write it; sizes differ too.
             `cap`: the same, but a client that already holds n/clients samples gets no more of the classes that follow (what the
             released code of both papers does). `equal`: Hsu's form: all clients have the same size, each draws its own class mix
-            q ~ Dir(alpha · class shares); when a class runs out, the rest of the mix is taken from the others. Its alpha is the
+            q ~ Dir(alpha · class shares); when a class runs out, the rest of the mix is
+            taken from the others, so the last to choose take what is left. Its alpha is the
             sum of the Dirichlet's parameters, not each of them, so the same number means a stronger skew.
 
     Raises:
@@ -77,7 +79,7 @@ def dirichlet(
     return _deal(labels, counts, rng)
 
 
-@partition("pathological", paper="Li et al., Federated Learning on Non-IID Data Silos, ICDE 2022, section IV-B (#C=k); McMahan et al. 2017")
+@partition("pathological", paper="Li et al., Federated Learning on Non-IID Data Silos, ICDE 2022 (quantity-based label imbalance, #C=k)")
 def pathological(labels: IntArray, clients: int, rng: np.random.Generator, *, classes_per_client: Count = 2) -> list[IntArray]:
     """Label skew: each client holds exactly k classes, and each class is shared evenly by the clients that hold it.
 
@@ -141,7 +143,7 @@ def shards(labels: IntArray, clients: int, rng: np.random.Generator, *, shards_p
     return _sorted([np.concatenate([pieces[i] for i in row]) for row in dealt])
 
 
-@partition("quantity-skew", paper="Li et al., Federated Learning on Non-IID Data Silos, ICDE 2022, section IV-D")
+@partition("quantity-skew", paper="Li et al., Federated Learning on Non-IID Data Silos, ICDE 2022 (quantity skew)")
 def quantity_skew(
     labels: IntArray, clients: int, rng: np.random.Generator, *, alpha: Alpha = 0.5, min_samples: Count = 2
 ) -> list[IntArray]:

@@ -73,9 +73,7 @@ class Contrast(SkewFn):
         return mean + self.factor * (x - mean)
 
 
-@feature_skew(
-    "rotation", paper="Ghosh et al., An Efficient Framework for Clustered Federated Learning, NeurIPS 2020, section 6 (rotated MNIST)"
-)
+@feature_skew("rotation", paper="Ghosh et al., An Efficient Framework for Clustered Federated Learning, NeurIPS 2020 (rotated MNIST)")
 def rotation(clients: int, task: Task, seed: int, *, max_degrees: Annotated[float, Field(gt=0, le=180)] = 45.0) -> list[SkewFn]:
     """Each client's images are turned by its own angle, evenly spread from −max_degrees to max_degrees.
 
@@ -112,7 +110,7 @@ def noise(clients: int, task: Task, seed: int, *, max_std: Annotated[float, Fiel
     ]
 
 
-@feature_skew("contrast", paper="Hendrycks and Dietterich, Benchmarking Neural Network Robustness, ICLR 2019, section 4 (contrast)")
+@feature_skew("contrast", paper="Hendrycks and Dietterich, Benchmarking Neural Network Robustness, ICLR 2019 (contrast)")
 def contrast(clients: int, task: Task, seed: int, *, min_contrast: Annotated[float, Field(ge=0, lt=1)] = 0.25) -> list[SkewFn]:
     """Each client's images have a contrast of its own: factor 1 − (1 − min_contrast) · i/clients, i = 1 … clients.
 

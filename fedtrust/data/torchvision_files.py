@@ -281,7 +281,8 @@ def _raw(name: str, classes: Sequence[str], pixels: list[Tensor], targets: list[
         if int(y.min()) < 0 or int(y.max()) >= len(classes):
             raise InputError(f"the files of '{name}' are damaged (label {int(y.max())} of {len(classes)} classes)")
     rows = torch.from_numpy(limited_rows(targets[0].numpy(), limit, stream(0, f"limit/{name}")))
-    train, test = [(x.to(torch.float32) / 255).contiguous() for x in (pixels[0][rows], pixels[1])]
+    # in place, on a fresh copy: the whole of EMNIST is 2 GB as floats
+    train, test = [x.contiguous().to(torch.float32).div_(255) for x in (pixels[0][rows], pixels[1])]
     channels, height, width = train.shape[1:]
     task = Task("classification", (channels, height, width), len(classes), low=0.0, high=1.0, labels=tuple(classes))
     return RawData(task, train, targets[0][rows].to(torch.int64), test, targets[1].to(torch.int64))

@@ -29,6 +29,7 @@ from fedtrust.client import Behaviour, ClientMemory, Predict, View, overrides
 from fedtrust.engine import seeds
 from fedtrust.engine.fused import fused_forward
 from fedtrust.engine.world import Path, World
+from fedtrust.interrupt import STOP, Stopped
 
 #: Above this many parameters a model without a fused form trains faster one at a time than under vmap on a CPU.
 LOOP_ABOVE = 1_000_000
@@ -139,13 +140,13 @@ def _client_data(world: World, client: int) -> tuple[Tensor, Tensor]:
 def _checked(result: Any, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     new_x, new_y = result
     if new_x.shape[1:] != x.shape[1:] or len(new_x) != len(new_y) or len(new_x) == 0:
-        raise ValueError(f"returned x {list(new_x.shape)} and y {list(new_y.shape)}, expected [b, {', '.join(map(str, x.shape[1:]))}] and [b]")
+        raise ValueError(
+            f"returned x {list(new_x.shape)} and y {list(new_y.shape)}, expected [b, {', '.join(map(str, x.shape[1:]))}] and [b]"
+        )
     return new_x.detach().to(x.dtype), new_y.detach().to(y.dtype)
 
 
-def _attempt(
-    world: World, chunk: Chunk, ready: list[_Ready], faults: dict[int, str]
-) -> tuple[list[Tensor], list[Tensor], list[_Ready]]:
+def _attempt(world: World, chunk: Chunk, ready: list[_Ready], faults: dict[int, str]) -> tuple[list[Tensor], list[Tensor], list[_Ready]]:
     """Train the prepared clients together; where that fails one by one, to find out who it was."""
     if not ready:
         return [], [], []
@@ -160,6 +161,11 @@ def _attempt(
             return [], [], []
     parts = [_attempt(world, chunk, [one], faults) for one in ready]
     return ([u for p in parts for u in p[0]], [v for p in parts for v in p[1]], [r for p in parts for r in p[2]])
+
+
+def _go_on() -> None:
+    if STOP.is_set():
+        raise Stopped
 
 
 def _say(stage: str, error: Exception) -> str:
@@ -181,6 +187,7 @@ def _train_loop(world: World, chunk: Chunk, ready: list[_Ready]) -> tuple[Tensor
         view = views.in_loss(one.view)
         total = torch.zeros((), device=world.device)
         for batch in one.batches:
+            _go_on()
             optimiser.zero_grad()
             loss = one.task.behaviour.loss(predict, one.x[batch], one.y[batch], view)
             loss.backward()  # type: ignore[no-untyped-call]
@@ -210,6 +217,7 @@ def _train_blocks(world: World, chunk: Chunk, ready: list[_Ready]) -> tuple[Tens
     memory = {k: torch.stack([one.view.memory[k] for one in ready]) for k in ready[0].view.memory}
     total = torch.zeros(len(ready), device=world.device)
     for t in range(steps[0]):
+        _go_on()
         active = sum(s > t for s in steps)
         batch = torch.stack([r[t] for r in rows[:active]])
         views_ = world.layout.unflatten(block[:active])

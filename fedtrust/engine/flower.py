@@ -1,0 +1,206 @@
+"""The one file that touches Flower's private parts.
+
+Flower builds messages only inside one of its own runs and keeps model arrays as serialised bytes. Here are the two things that let an
+own grid drive any Flower strategy without paying for that: an identity for this process, and records whose arrays are made when asked for.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import flwr.serverapp.strategy as stock
+import numpy as np
+import numpy.typing as npt
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.serverapp.strategy import Strategy
+from flwr.supercore.task_identity import TaskIdentity
+from torch import Tensor
+
+from fedtrust.errors import InputError, RunError, allowed_list, nearest
+from fedtrust.layout import Layout
+
+#: Flower's record names, used by every stock strategy.
+ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
+EXAMPLES, LOSS = "num-examples", "train_loss"
+SERVER_NODE = 1 << 40  # any id that is no client's
+
+_NPY = "numpy.ndarray"
+_CLIENT_FAILED = 1
+
+#: Strategies that need what a simulation of gradient-trained networks does not have, and why.
+_REFUSED = {
+    "FedXgbBagging": "it aggregates boosted trees, not networks",
+    "FedXgbCyclic": "it aggregates boosted trees, not networks",
+    "Strategy": "it is abstract",
+    "Result": "it is not a strategy",
+}
+_REFUSED |= {
+    name: "it wraps another strategy; use the filters and steps of a fedtrust pipeline"
+    for name in stock.__all__
+    if name.startswith("DifferentialPrivacy")
+}
+#: Stock strategies that carry nothing from one round to the next, so that a run can be resumed.
+_STATELESS = {"Bulyan", "FedAvg", "FedMedian", "FedProx", "FedTrimmedAvg", "Krum", "MultiKrum", "QFedAvg"}
+#: Parameters of stock strategies that the simulation itself sets.
+_OURS = {
+    "self", "fraction_train", "fraction_evaluate", "min_train_nodes", "min_evaluate_nodes", "min_available_nodes", "weighted_by_key",
+    "arrayrecord_key", "configrecord_key", "train_metrics_aggr_fn", "evaluate_metrics_aggr_fn", "selection_rule", "train_loss_key",
+}  # fmt: skip
+
+
+def enter() -> None:
+    """Give this process the identity that Flower's messages ask for, and keep Flower's log to errors."""
+    TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, SERVER_NODE
+    logging.getLogger("flwr").setLevel(logging.ERROR)
+
+
+class LazyArray(Array):
+    """An `Array` over a tensor; the bytes are made only if somebody reads `data`."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.__dict__["_tensor"] = tensor
+        self.dtype = str(tensor.dtype).removeprefix("torch.")
+        self.shape = tuple(tensor.shape)
+        self.stype = _NPY
+
+    @property
+    def data(self) -> bytes:  # type: ignore[override]
+        """The array in NumPy's file format."""
+        cached = self.__dict__.get("_data_bytes")
+        if cached is None:
+            cached = self.__dict__["_data_bytes"] = Array(self.numpy()).data
+        return cached
+
+    @data.setter
+    def data(self, value: bytes) -> None:
+        self.__dict__["_data_bytes"] = value
+
+    def numpy(self) -> npt.NDArray[Any]:
+        """Return the array as a copy: some stock strategies compute in place."""
+        return np.array(self.__dict__["_tensor"].detach().cpu().numpy())
+
+
+class FlatRecord(ArrayRecord):
+    """A model as one vector; `fill` gives it the named arrays that stock strategies read.
+
+    Attributes:
+        layout: how the parameters lie in the vector.
+        delta: for a client's reply, its parameters minus the global model [d]: differences keep the digits that sums would lose.
+    """
+
+    def __init__(self, base: Tensor, layout: Layout, delta: Tensor | None = None) -> None:
+        """Make a record of the parameters `base` [d], or of `base + delta`."""
+        super().__init__()
+        self.__dict__.update(_base=base, layout=layout, delta=delta)
+
+    layout: Layout
+    delta: Tensor | None
+
+    @property
+    def flat(self) -> Tensor:
+        """The parameters as one vector [d], float32."""
+        base: Tensor = self.__dict__["_base"]
+        return base if self.delta is None else base + self.delta
+
+    def fill(self) -> FlatRecord:
+        """Add the named arrays, lazily; return self."""
+        for name, tensor in self.layout.unflatten(self.flat).items():
+            self[name] = LazyArray(tensor)
+        return self
+
+
+def to_flat(record: ArrayRecord, layout: Layout) -> Tensor:
+    """Return a record's arrays as a float32 vector [d]; some stock strategies return float64.
+
+    Raises:
+        RunError: names or shapes differ from the model's.
+    """
+    if isinstance(record, FlatRecord) and not len(record):
+        return record.flat
+    try:
+        parts = {n: torch.from_numpy(np.array(record[n].numpy(), dtype=np.float32)) for n in layout.names}
+    except KeyError as error:
+        raise RunError(f"the strategy returned a model without parameter {error}") from None
+    for name, shape in zip(layout.names, layout.shapes, strict=True):
+        if parts[name].shape != shape:
+            raise RunError(f"the strategy returned parameter '{name}' with shape {list(parts[name].shape)}, expected {list(shape)}")
+    return layout.flatten(parts)
+
+
+def instruction(record: RecordDict, client: int, number: int) -> Message:
+    """Return the message that asks a client to train."""
+    return stamped(Message(content=record, message_type="train", dst_node_id=client), number)
+
+
+def stamped(message: Message, number: int) -> Message:
+    """Give a message the id that Flower's own link would."""
+    message.metadata.__dict__["_message_id"] = str(number)
+    return message
+
+
+def answer(message: Message, arrays: ArrayRecord, examples: float, loss: float) -> Message:
+    """Return a client's reply."""
+    metrics = MetricRecord({EXAMPLES: examples, LOSS: loss})
+    return Message(RecordDict({ARRAYS: arrays, METRICS: metrics}), reply_to=message)
+
+
+def failure(message: Message, reason: str) -> Message:
+    """Return the reply of a client that could not answer."""
+    return Message(Error(_CLIENT_FAILED, reason), reply_to=message)
+
+
+def config(record: RecordDict) -> Mapping[str, Any]:
+    """Return the configuration in an instruction."""
+    found = record.config_records.get(CONFIG)
+    return found if found is not None else ConfigRecord()
+
+
+def stock_check(name: str, params: Mapping[str, Any]) -> type[Strategy]:
+    """Return the stock strategy class `flwr:NAME`.
+
+    Raises:
+        InputError: there is none of that name, it cannot run here, or a parameter is not one of its own.
+    """
+    if name not in stock.__all__:
+        known = [n for n in stock.__all__ if n not in _REFUSED]
+        raise InputError(
+            f"Flower has no strategy '{name}' (known: {allowed_list(known, 20)}){nearest(name, {k.lower(): k for k in known})}"
+        )
+    if name in _REFUSED:
+        raise InputError(f"flwr:{name} cannot run here: {_REFUSED[name]}")
+    strategy: type[Strategy] = getattr(stock, name)
+    signature = inspect.signature(strategy.__init__).parameters
+    known = [p for p in signature if p not in _OURS and signature[p].kind is not inspect.Parameter.VAR_KEYWORD]
+    for given in params:
+        if given not in known:
+            allowed = ", ".join(known) or "none"
+            raise InputError(f"flwr:{name} has no parameter '{given}' (parameters: {allowed}){nearest(given, known)}", given)
+    missing = [p for p in known if signature[p].default is inspect.Parameter.empty and p not in params]
+    if missing:
+        raise InputError(f"flwr:{name} needs parameter '{missing[0]}'", missing[0])
+    return strategy
+
+
+def stock_strategy(name: str, params: Mapping[str, Any], assumed_malicious: int) -> Strategy:
+    """Return the stock strategy `flwr:NAME`, set up to take the whole cohort that the grid shows it.
+
+    `num_malicious_nodes` defaults to what the scenario's defender assumes.
+    """
+    strategy = stock_check(name, params)
+    settings: dict[str, Any] = {"min_train_nodes": 1, "min_available_nodes": 1, "fraction_evaluate": 0.0, **params}
+    if "num_malicious_nodes" in inspect.signature(strategy.__init__).parameters:
+        settings.setdefault("num_malicious_nodes", assumed_malicious)
+    enter()
+    try:
+        return strategy(**settings)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"flwr:{name}: {error}") from None
+
+
+def resumable(name: str) -> bool:
+    """Return whether a stock strategy starts every round from nothing but the global model."""
+    return name in _STATELESS

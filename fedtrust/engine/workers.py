@@ -1,0 +1,262 @@
+"""Who computes: this process (`local`) or Ray workers (`ray`). Neither choice changes a bit of the result."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol
+
+import torch
+
+from fedtrust.engine import threads
+from fedtrust.engine.cohort import Chunk, Trained, train
+from fedtrust.engine.world import World
+from fedtrust.errors import InputError, RunError
+from fedtrust.interrupt import STOP
+
+
+class Executor(Protocol):
+    """Trains chunks, in any order, on any number of workers."""
+
+    def describe(self) -> str:
+        """Return what computes, in words for the report."""
+
+    def open(self, world: World) -> None:
+        """Take over a run: hand its data and architecture to every worker once."""
+
+    def run(self, chunks: Sequence[Chunk]) -> list[Trained]:
+        """Train the chunks; the results are in the order of the chunks. A chunk that could not be trained comes back with faults."""
+
+    def close(self) -> None:
+        """Leave no thread or process behind."""
+
+
+class LocalExecutor:
+    """Workers are threads of this process; tensor operations release Python's lock."""
+
+    def __init__(self, workers: int | None = None) -> None:
+        self.workers = workers or threads.cores()
+        self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix="fedtrust", initializer=torch.set_num_threads, initargs=(1,))
+        self._world: World | None = None
+
+    def describe(self) -> str:
+        """Return what computes, in words for the report."""
+        return f"local, {self.workers} thread{'s' if self.workers > 1 else ''}"
+
+    def open(self, world: World) -> None:
+        """Take over a run."""
+        self._world = world.on("cuda" if torch.cuda.is_available() else "cpu")
+
+    def run(self, chunks: Sequence[Chunk]) -> list[Trained]:
+        """Train the chunks, the largest first, and return the results in the given order."""
+        world = self._world
+        if world is None:
+            raise RuntimeError("open() first")
+        with threads.using(1):
+            futures = [self._pool.submit(train, world, chunk) for chunk in chunks]
+            return [f.result() for f in futures]
+
+    def close(self) -> None:
+        """Leave no thread behind; one that is still training stops before its next step."""
+        STOP.set()
+        try:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+        finally:
+            STOP.clear()
+
+
+class RayExecutor:
+    """Workers are Ray actors: one a core without a GPU, one a GPU where there are any; on a cluster with `address`.
+
+    A dead worker is replaced and its chunk tried again; after `retries` further deaths, or past the deadline, the chunk's clients are
+    dropped by name.
+    """
+
+    def __init__(self, workers: int | None = None, address: str | None = None, deadline: float = 600.0, retries: int = 1) -> None:
+        self._ray = _import_ray()
+        self._deadline, self._retries = deadline, retries
+        self._started = not self._ray.is_initialized()
+        if self._started:
+            self._start(workers, address)
+        gpus = int(self._ray.cluster_resources().get("GPU", 0))
+        self.workers = workers or (gpus or max(1, int(self._ray.cluster_resources().get("CPU", 1))))
+        self._options = {"num_gpus": 1, "num_cpus": 1} if gpus else {"num_cpus": 1}
+        self._actors: list[Any] = []
+        self._world_ref: Any = None
+
+    def _start(self, workers: int | None, address: str | None) -> None:
+        settings: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False, "include_dashboard": False}
+        if address:
+            settings = {"address": address, "logging_level": "ERROR", "log_to_driver": False}
+        else:
+            settings |= {"num_cpus": max(workers or 1, threads.cores()), "object_store_memory": 512 * 1024**2}
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Ray warns about its own dependencies
+                self._ray.init(**settings)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise InputError(
+                f"Ray did not start: {' '.join(str(error).split())[:200]}", "--ray-address" if address else "--engine ray"
+            ) from None
+
+    def describe(self) -> str:
+        """Return what computes, in words for the report."""
+        return f"ray, {self.workers} worker{'s' if self.workers > 1 else ''}"
+
+    def open(self, world: World) -> None:
+        """Take over a run: the data and the architecture go to the object store once, every worker fetches them once."""
+        _register_plugins(self._ray)
+        self._world_ref = self._ray.put(world)
+        if not self._actors:
+            self._actors = [self._new_actor() for _ in range(self.workers)]
+        ready = [actor.open.remote(self._world_ref) for actor in self._actors]
+        try:
+            self._ray.get(ready, timeout=self._deadline)
+        except self._ray.exceptions.RayError as error:
+            raise RunError(f"the Ray workers did not come up: {type(error).__name__}") from None
+
+    def _new_actor(self) -> Any:
+        environment = {"env_vars": {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}}
+        return self._ray.remote(_Worker).options(runtime_env=environment, **self._options).remote()
+
+    def run(self, chunks: Sequence[Chunk]) -> list[Trained]:
+        """Train the chunks on whichever worker is free; the model crosses to the object store once."""
+        shared: dict[int, Any] = {}
+        results: list[Trained | None] = [None] * len(chunks)
+        tries = [0] * len(chunks)
+        waiting = list(range(len(chunks)))
+        free = list(range(len(self._actors)))
+        running: dict[Any, tuple[int, int]] = {}
+        while waiting or running:
+            while waiting and free:
+                number, worker = waiting.pop(0), free.pop(0)
+                chunk = chunks[number]
+                if id(chunk.params) not in shared:
+                    shared[id(chunk.params)] = self._ray.put(chunk.params.numpy())
+                call = self._actors[worker].train.remote(shared[id(chunk.params)], chunk._replace(params=None))
+                running[call] = (number, worker)
+            done, _ = self._ray.wait(list(running), num_returns=1, timeout=self._deadline)
+            for future in done or list(running):  # nothing in time: every running chunk is past its deadline
+                number, worker = running.pop(future)
+                outcome = self._collect(future, late=not done)
+                if isinstance(outcome, Trained):
+                    results[number] = outcome
+                else:
+                    self._replace(worker)
+                    tries[number] += 1
+                    if tries[number] <= self._retries and done:
+                        waiting.insert(0, number)
+                    else:
+                        results[number] = _lost(chunks[number], outcome)
+                free.append(worker)
+        return [r for r in results if r is not None]
+
+    def _collect(self, future: Any, *, late: bool) -> Trained | str:
+        if late:
+            return f"no answer within {self._deadline:g} s"
+        try:
+            clients, updates, losses, memories, faults = self._ray.get(future)
+        except self._ray.exceptions.RayError as error:
+            return f"the worker failed ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+        return Trained(clients, torch.from_numpy(updates.copy()), torch.from_numpy(losses.copy()), memories, faults)
+
+    def _replace(self, worker: int) -> None:
+        self._ray.kill(self._actors[worker])
+        self._actors[worker] = self._new_actor()
+        self._actors[worker].open.remote(self._world_ref)
+
+    def close(self) -> None:
+        """Leave no process behind."""
+        for actor in self._actors:
+            self._ray.kill(actor)
+        self._actors = []
+        if self._started:
+            self._ray.shutdown()
+
+
+class _Worker:
+    """The actor's class: holds the world, trains chunks."""
+
+    def __init__(self) -> None:
+        torch.set_num_threads(1)
+        self._world: World | None = None
+
+    def open(self, world: World) -> None:
+        """Take over a run."""
+        self._world = world.on("cuda" if torch.cuda.is_available() else "cpu")
+
+    def train(self, params: Any, chunk: Chunk) -> tuple[Any, ...]:
+        """Train a chunk; tensors travel as arrays, which Ray shares without a copy."""
+        if self._world is None:
+            raise RuntimeError("open() first")
+        result = train(self._world, chunk._replace(params=torch.from_numpy(params.copy())))
+        return result.clients, result.updates.numpy(), result.losses.numpy(), result.memories, result.faults
+
+
+def _lost(chunk: Chunk, reason: str) -> Trained:
+    return Trained((), torch.zeros(0, 0), torch.zeros(0), (), {task.client: reason for task in chunk.tasks})
+
+
+def _import_ray() -> Any:
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import ray
+            import ray.exceptions
+    except ImportError as error:
+        raise InputError(f"Ray cannot be imported: {error}", "--engine ray") from None
+    return ray
+
+
+def _register_plugins(ray: Any) -> None:
+    """Let plugin modules, loaded from loose files, travel to the workers by value."""
+    from fedtrust import plugins
+
+    for module in plugins.loaded_modules():
+        ray.cloudpickle.register_pickle_by_value(module)
+
+
+def pick(engine: str, workers: int | None, clients: int, address: str | None) -> tuple[str, str]:
+    """Return the engine (`local` or `ray`) that `auto` means here, and why."""
+    if engine != "auto":
+        return engine, "asked for"
+    if address:
+        return "ray", "a Ray address was given"
+    gpus = torch.cuda.device_count()
+    if gpus > 1:
+        return "ray", f"{gpus} GPUs: one worker each"
+    if threads.cores() > 8 and clients >= 64:
+        return "ray", f"{threads.cores()} cores and {clients} clients a round: processes scale further than threads"
+    return "local", f"{gpus or 'no'} GPU, {threads.cores()} cores: threads of this process start at once and share the data"
+
+
+def make(engine: str, workers: int | None, address: str | None, deadline: float, retries: int) -> Executor:
+    """Return the executor for an engine's name."""
+    if workers is not None and workers < 1:
+        raise InputError(f"needs at least one worker (got {workers})", "--workers")
+    if engine == "local":
+        return LocalExecutor(workers)
+    if engine == "ray":
+        return RayExecutor(workers, address, deadline, retries)
+    raise InputError(f"unknown engine '{engine}' (allowed: auto, local, ray)", "--engine")
+
+
+def chunks_of(sizes: Iterable[int], count: int) -> list[list[int]]:
+    """Cut `count` clients into chunks, longest schedules first; depends on nothing but the round's clients.
+
+    Args:
+        sizes: per client the number of local samples.
+        count: how many clients there are.
+
+    Returns:
+        Positions of the clients, chunk by chunk. About eight chunks, of 4 to 25 clients: small enough to keep several workers busy, large
+        enough to be worth batching; 25 models of the 54k-parameter CNN fill a core's cache.
+    """
+    order = sorted(range(count), key=lambda i, s=list(sizes): (-s[i], i))  # type: ignore[misc]
+    size = min(25, max(4, -(-count // 8)))
+    return [order[i : i + size] for i in range(0, count, size)]

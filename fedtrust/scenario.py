@@ -1,0 +1,211 @@
+"""The scenario: one TOML file that says everything about a run.
+
+`load` reads a file, refuses what is wrong with one line (place, what is allowed, nearest match) and returns a frozen `Scenario` in which
+every parameter of every component is written out. Its parts lie in `scenario_parts`, reading TOML in `scenario_io`, writing it in
+`scenario_toml`, the checks in `scenario_checks` (without the data) and `scenario_data` (with them).
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pydantic
+from pydantic import Field, PrivateAttr
+
+from fedtrust.errors import InputError
+from fedtrust.scenario_io import Document, expand_sweep, slugs
+from fedtrust.scenario_parts import (
+    BIG,
+    AttackerSpec,
+    ClientsSpec,
+    DataSpec,
+    EngineSpec,
+    ProbeSpec,
+    Ref,
+    Spec,
+    StrategySpec,
+    SweepSpec,
+    TrainSpec,
+)
+
+__all__ = [
+    "AttackerSpec", "Cell", "ClientsSpec", "DataSpec", "EngineSpec", "Origin", "ProbeSpec", "Ref", "Scenario", "StrategySpec", "SweepSpec",
+    "TrainSpec", "check", "load", "parse", "schema",
+]  # fmt: skip
+
+#: More cells than this in one sweep is taken for a slip.
+MAX_CELLS = 10_000
+
+
+class Cell(NamedTuple):
+    """One run of a matrix: a name that is safe as a folder's, the labels by axis, the scenario without sweep."""
+
+    name: str
+    labels: dict[str, Any]
+    scenario: Scenario
+
+
+class Origin(NamedTuple):
+    """Where a scenario came from; what a resume needs to load it the same way again."""
+
+    folder: Path
+    allow_plugins: tuple[str, ...] = ()
+    data_root: str | None = None
+
+
+class Scenario(Spec):
+    """Everything about a run.
+
+    Attributes:
+        title: one line for the reader.
+        week: the row of the course it belongs to.
+        description: what to look at.
+        rounds: how many.
+        seed: of every random draw.
+        data, model, clients, attackers, strategy, probes, engine, sweep: its parts.
+    """
+
+    title: str = Field(min_length=1)
+    week: str | None = None
+    description: str = ""
+    rounds: int = Field(ge=1, le=1_000_000)
+    seed: int = Field(0, ge=0, le=BIG)
+    data: DataSpec
+    model: Ref
+    clients: ClientsSpec
+    attackers: list[AttackerSpec] = []
+    strategy: StrategySpec = StrategySpec()
+    probes: list[Ref] = []
+    engine: EngineSpec = EngineSpec()
+    sweep: SweepSpec | None = None
+
+    _origin: Origin | None = PrivateAttr(None)
+    _document: Document | None = PrivateAttr(None)
+
+    @classmethod
+    def expand(cls, given: Any) -> Any:
+        """Lay a sweep's strategies over `[strategy]`."""
+        return expand_sweep(given)
+
+    def __eq__(self, other: object) -> bool:
+        """Return whether both say the same, wherever they were loaded from."""
+        return isinstance(other, Scenario) and self.model_dump() == other.model_dump()
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @property
+    def origin(self) -> Origin | None:
+        """Where it was loaded from; `None` for one built in Python."""
+        return self._origin
+
+    def axes(self) -> dict[str, dict[Any, Any]]:
+        """Return label → value for each of the four axes; without a sweep each has one label."""
+        sweep = self.sweep or SweepSpec()
+        attack = " + ".join(group.behaviour for group in self.attackers) or "none"
+        return {
+            "attackers": dict(sweep.attackers) or {attack: self.attackers},
+            "strategies": dict(sweep.strategies) or {self.strategy.label: self.strategy},
+            "partitions": dict(sweep.partitions) or {self.data.partition.name: self.data.partition},
+            "seeds": {seed: seed for seed in sweep.seeds or [self.seed]},
+        }
+
+    def cells(self) -> list[Cell]:
+        """Return the runs of the matrix, in the order of the file; one for a scenario without sweep."""
+        return list(self._cells())
+
+    def _cells(self) -> Iterator[Cell]:
+        axes = self.axes()
+        names = {axis: slugs(labels) for axis, labels in axes.items() if axis != "seeds"}
+        for attack, defence, spread, seed in itertools.product(*axes.values()):
+            folder = "__".join([names["attackers"][attack], names["strategies"][defence], names["partitions"][spread], f"seed{seed}"])
+            scenario = self.model_copy(
+                update={
+                    "attackers": axes["attackers"][attack],
+                    "strategy": axes["strategies"][defence],
+                    "data": self.data.model_copy(update={"partition": axes["partitions"][spread]}),
+                    "seed": seed,
+                    "sweep": None,
+                }
+            )
+            yield Cell(folder, {"attackers": attack, "strategies": defence, "partitions": spread, "seed": seed}, scenario)
+
+    def resolved_toml(self) -> str:
+        """Return it as TOML with every default written out; loading that gives an equal scenario."""
+        from fedtrust.scenario_toml import to_toml
+
+        return to_toml(self)
+
+
+def parse(
+    document: Mapping[str, Any], folder: str | os.PathLike[str] = ".", allow_plugins: Sequence[str] = (), data_root: str | None = None
+) -> Scenario:
+    """Return the scenario that a parsed TOML document describes; see `load`.
+
+    Raises:
+        InputError: placed at the dotted key.
+    """
+    from fedtrust.scenario_checks import resolve, translated
+
+    try:
+        scenario = Scenario.model_validate(dict(document))
+    except pydantic.ValidationError as error:
+        raise translated(error) from None
+    root = data_root or os.environ.get("FEDTRUST_DATA") or None
+    origin = Origin(Path(folder).resolve(), tuple(allow_plugins), root)
+    resolved = resolve(scenario, origin)
+    resolved._origin = origin
+    return resolved
+
+
+def load(
+    path: str | os.PathLike[str],
+    overrides: Sequence[str] = (),
+    allow_plugins: Sequence[str] = (),
+    data_root: str | None = None,
+    folder: str | os.PathLike[str] | None = None,
+) -> Scenario:
+    """Read a scenario file.
+
+    Args:
+        path: the file.
+        overrides: `a.b=v`, laid over the document before it is validated.
+        allow_plugins: modules beside the file whose code the scenario may run (`module:attr`).
+        data_root: the user's own word on where data files lie; may be anywhere. The environment variable FEDTRUST_DATA says the same.
+        folder: where paths and plugins are looked up, if not beside the file (a resume looks where the scenario first lay).
+
+    Raises:
+        InputError: `file:line` or `file: dotted.key`, what is wrong, what is allowed, the nearest match.
+    """
+    document = Document.read(Path(path))
+    document.override(overrides)
+    try:
+        scenario = parse(document.data, Path(path).parent if folder is None else folder, allow_plugins, data_root)
+    except InputError as error:
+        raise document.placed(error) from None
+    scenario._document = document
+    return scenario
+
+
+def check(scenario: Scenario) -> list[str]:
+    """Ask everything that needs the data, without training; return what is worth knowing about the run, a line each.
+
+    Raises:
+        InputError: placed at the dotted key.
+    """
+    from fedtrust.scenario_data import check_data
+
+    try:
+        return check_data(scenario)
+    except InputError as error:
+        raise (error if scenario._document is None else scenario._document.placed(error)) from None
+
+
+def schema() -> dict[str, Any]:
+    """Return the JSON schema of a scenario file, for editors; the names of the registered components are enumerated."""
+    from fedtrust.scenario_schema import build
+
+    return build()

@@ -1,0 +1,290 @@
+"""What a scenario is asked before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pydantic
+
+from fedtrust import plugins
+from fedtrust.client import KNOWLEDGE, Knowledge
+from fedtrust.errors import InputError
+from fedtrust.registry import REGISTRY, Entry, Kind, dotted
+from fedtrust.scenario import MAX_CELLS, AttackerSpec, ClientsSpec, DataSpec, Origin, Ref, Scenario, StrategySpec, SweepSpec, TrainSpec
+from fedtrust.server import PipelineFacts, assumed_count
+
+
+def translated(error: pydantic.ValidationError) -> InputError:
+    """Return the first finding of a pydantic error as one line in a user's words."""
+    found = error.errors(include_url=False)
+    # an unknown key is usually why a required one is missing
+    first = next((f for f in found if f["type"] == "unknown_key"), found[0])
+    location = [part for part in first["loc"] if part != "[key]"]
+    if first["type"] == "unknown_key":
+        return InputError(first["msg"], dotted([*location, first["ctx"]["key"]]))
+    message = first["msg"].removeprefix("Input ")
+    if first["type"] == "missing":
+        message = "is required and not set"
+    elif (
+        first["type"] in ("int_type", "float_type", "string_type", "bool_type", "int_from_float", "literal_error", "list_type", "dict_type")
+        or "than" in message
+    ):
+        message = f"{message} (got {_shown(first['input'])})"
+    return InputError(message, dotted(location))
+
+
+def _shown(given: Any) -> str:
+    text = repr(given)
+    return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+def resolve(scenario: Scenario, origin: Origin) -> Scenario:
+    """Return the scenario with every component looked up and every parameter written out.
+
+    Raises:
+        InputError: placed at the dotted key.
+    """
+    data = _data(scenario.data, origin)
+    clients = _clients(scenario.clients, data, origin)
+    updates: dict[str, Any] = {
+        "data": data,
+        "model": _ref(scenario.model, "model", "model", origin),
+        "clients": clients,
+        "attackers": _attackers(scenario.attackers, "attackers", scenario, origin),
+        "strategy": _strategy(scenario.strategy, "strategy", clients, origin),
+        "probes": _probes(scenario, data, origin),
+    }
+    if scenario.sweep is not None:
+        updates["sweep"] = _sweep(scenario.sweep, scenario, clients, origin)
+    return scenario.model_copy(update=updates)
+
+
+def _entry(kind: Kind, name: str, where: str, origin: Origin) -> Entry:
+    try:
+        if plugins.is_plugin(name):
+            return plugins.load_plugin(kind, name, origin.folder, origin.allow_plugins)
+        if name.startswith("flwr:"):
+            raise InputError(f"'{name}': Flower's strategies can be an aggregator only")
+        return REGISTRY.get(kind, name)
+    except InputError as error:
+        # a plugin that fails says where in its own file
+        raise (InputError(str(error), where) if error.where else error.at(where)) from None
+
+
+def _checked(entry: Entry, params: dict[str, Any], where: str) -> dict[str, Any]:
+    try:
+        checked = entry.check(params)
+        entry.make(checked)  # a class may have more to say than its fields' types
+    except InputError as error:
+        raise error.at(where) from None
+    return checked
+
+
+def _ref(ref: Ref, kind: Kind, where: str, origin: Origin) -> Ref:
+    entry = _entry(kind, ref.name, where, origin)
+    return Ref(name=ref.name, params=_checked(entry, ref.params, where))
+
+
+def _data(data: DataSpec, origin: Origin) -> DataSpec:
+    entry = _entry("source", data.source.name, "data.source", origin)
+    for key in ("root", "download"):
+        if key in data.source.params:
+            raise InputError(f"is written beside `source`, as data.{key}", f"data.source.{key}")
+    params = dict(data.source.params)
+    takes = entry.schema.model_fields
+    if data.root is not None and "root" not in takes:
+        raise InputError(f"source '{entry.name}' comes with its data and takes no root", "data.root")
+    if data.download and "download" not in takes:
+        raise InputError(f"source '{entry.name}' fetches nothing", "data.download")
+    if "root" in takes:
+        root = _root(data.root, origin)
+        params |= {} if root is None else {"root": root}
+    if "download" in takes:
+        params["download"] = data.download
+    skew = data.feature_skew
+    return data.model_copy(
+        update={
+            "source": Ref(name=data.source.name, params=_checked(entry, params, "data.source")),
+            "partition": _ref(data.partition, "partition", "data.partition", origin),
+            "feature_skew": None if skew is None else _ref(skew, "feature-skew", "data.feature_skew", origin),
+        }
+    )
+
+
+def _root(root: str | None, origin: Origin) -> str | None:
+    """Return the folder of the data files as an absolute path; a scenario's own word must not lead out of its folder."""
+    if root is not None:
+        try:
+            inside = (origin.folder / root).resolve()
+        except (OSError, ValueError, RuntimeError) as error:
+            raise InputError(f"is not a path ({error})", "data.root") from None
+        if Path(root).is_absolute() or not inside.is_relative_to(origin.folder):
+            raise InputError(f"'{root}' leaves the scenario's folder; name a folder elsewhere by --data-root or FEDTRUST_DATA", "data.root")
+    if origin.data_root:
+        return str(Path(origin.data_root).expanduser().resolve())
+    return None if root is None else str(inside)
+
+
+def _clients(clients: ClientsSpec, data: DataSpec, origin: Origin) -> ClientsSpec:
+    if clients.cohort > clients.count:
+        raise InputError(f"should be at most clients.count = {clients.count} (got {clients.cohort})", "clients.per_round")
+    entry = _entry("behaviour", clients.behaviour.name, "clients.behaviour", origin)
+    if entry.meta.get("role") != "honest":
+        raise InputError(f"'{entry.name}' is malicious; it belongs to [[attackers]]", "clients.behaviour")
+    params = _checked(entry, clients.behaviour.params, "clients.behaviour")
+    behaviour = Ref(name=clients.behaviour.name, params=params)
+    return clients.model_copy(update={"behaviour": behaviour, "train": _train(clients.train, data, origin)})
+
+
+def _train(train: TrainSpec, data: DataSpec, origin: Origin) -> TrainSpec:
+    entry = _entry("optimiser", train.optimiser, "clients.train.optimiser", origin)
+    params = _checked(entry, train.optimiser_params, "clients.train")
+    loss = train.loss or Ref(name="mse" if _regression(data, origin) else "cross-entropy")
+    return train.model_copy(update={"optimiser_params": params, "loss": _ref(loss, "loss", "clients.train.loss", origin)})
+
+
+def _regression(data: DataSpec, origin: Origin) -> bool:
+    """Return whether the task is a regression; data in outside files are not read for it."""
+    entry = _entry("source", data.source.name, "data.source", origin)
+    if "task" in entry.meta or "root" in entry.schema.model_fields:
+        return bool(entry.meta.get("task") == "regression")
+    from fedtrust.data.build import load
+
+    return load(data.source.name, data.source.params).task.kind == "regression"
+
+
+def _attackers(groups: list[AttackerSpec], where: str, scenario: Scenario, origin: Origin) -> list[AttackerSpec]:
+    done = [_attacker(group, f"{where}[{i}]", scenario, origin) for i, group in enumerate(groups)]
+    count = scenario.clients.count
+    seen: dict[int, int] = {}
+    for index, group in enumerate(done):
+        for client in group.ids or []:
+            if client >= count:
+                raise InputError(f"there is no client {client} (ids run from 0 to {count - 1})", f"{where}[{index}].ids")
+            if client in seen:
+                twice = "twice" if seen[client] == index else f"in {where}[{seen[client]}] too"
+                raise InputError(f"client {client} stands there {twice}", f"{where}[{index}].ids")
+            seen[client] = index
+    total, share = sum(g.size(count) for g in done), sum(g.share or 0.0 for g in done)
+    if share >= 1:
+        raise InputError(f"the shares add up to {share:g}; nobody would be honest", where)
+    if total > count:
+        raise InputError(f"{total} attackers are wanted, but there are {count} clients", where)
+    return done
+
+
+def _attacker(group: AttackerSpec, where: str, scenario: Scenario, origin: Origin) -> AttackerSpec:
+    entry = _entry("behaviour", group.behaviour, f"{where}.behaviour", origin)
+    if entry.meta.get("role") == "honest":
+        raise InputError(f"'{entry.name}' is honest; it can be clients.behaviour", f"{where}.behaviour")
+    params = _checked(entry, group.params, f"{where}.params")
+    if not group.size(scenario.clients.count):
+        raise InputError(f"{group.share:g} of {scenario.clients.count} clients is nobody", f"{where}.share")
+    needed: Knowledge = entry.meta.get("knowledge", "own")
+    knowledge = group.knowledge or needed
+    if KNOWLEDGE.index(knowledge) < KNOWLEDGE.index(needed):
+        enough = ", ".join(KNOWLEDGE[KNOWLEDGE.index(needed) :])
+        raise InputError(f"'{entry.name}' needs more than '{knowledge}' (enough: {enough})", f"{where}.knowledge")
+    if group.rounds is not None and not 1 <= group.rounds[0] <= group.rounds[1] <= scenario.rounds:
+        raise InputError(
+            f"should be [first, last] with 1 <= first <= last <= {scenario.rounds} (got {list(group.rounds)})", f"{where}.rounds"
+        )
+    return group.model_copy(update={"params": params, "knowledge": knowledge})
+
+
+def _strategy(strategy: StrategySpec, where: str, clients: ClientsSpec, origin: Origin) -> StrategySpec:
+    if isinstance(strategy.assumed_malicious, int) and strategy.assumed_malicious > clients.cohort:
+        raise InputError(
+            f"assumes {strategy.assumed_malicious} of {clients.cohort} clients a round malicious", f"{where}.assumed_malicious"
+        )
+    filters = [_ref(r, "filter", f"{where}.filters[{i}]", origin) for i, r in enumerate(strategy.filters)]
+    steps = [_ref(r, "step", f"{where}.steps[{i}]", origin) for i, r in enumerate(strategy.steps)]
+    if strategy.aggregator.name.startswith("flwr:"):
+        _stock(strategy, where, clients)
+        return strategy
+    aggregator = _ref(strategy.aggregator, "aggregator", f"{where}.aggregator", origin)
+    done = strategy.model_copy(update={"filters": filters, "aggregator": aggregator, "steps": steps})
+    _needs(done, where, clients)
+    return done
+
+
+def _stock(strategy: StrategySpec, where: str, clients: ClientsSpec) -> None:
+    """Check a stock Flower strategy, which runs alone."""
+    from fedtrust.engine.flower import stock_strategy
+
+    name, params = strategy.aggregator.name.removeprefix("flwr:"), strategy.aggregator.params
+    for part in ("filters", "steps"):
+        if getattr(strategy, part):
+            raise InputError(f"a stock Flower strategy runs alone; leave {part} empty", f"{where}.{part}")
+    try:
+        stock_strategy(name, params, assumed_count(strategy.assumed_malicious, clients.cohort))
+    except InputError as error:
+        raise error.at(f"{where}.aggregator") from None
+
+
+def _needs(strategy: StrategySpec, where: str, clients: ClientsSpec) -> None:
+    """Ask every component of a pipeline whether it can work in it."""
+    stages: list[tuple[Kind, str, Ref]] = [("filter", f"{where}.filters[{i}]", r) for i, r in enumerate(strategy.filters)]
+    stages.append(("aggregator", f"{where}.aggregator", strategy.aggregator))
+    stages += [("step", f"{where}.steps[{i}]", r) for i, r in enumerate(strategy.steps)]
+    entries = [REGISTRY.get(kind, ref.name) for kind, _, ref in stages]
+    declared = {entry.name: entry.meta for entry in entries}
+    for (_, place, ref), entry in zip(stages, entries, strict=True):
+        asked = entry.meta.get("needs")
+        if asked is None:
+            continue
+        facts = PipelineFacts(
+            n=clients.cohort,
+            f=assumed_count(strategy.assumed_malicious, clients.cohort),
+            params=ref.params,
+            filters=tuple(r.name for r in strategy.filters),
+            aggregator=strategy.aggregator.name,
+            steps=tuple(r.name for r in strategy.steps),
+            declared=declared,
+            root_samples=strategy.root_samples,
+        )
+        reason = asked(facts)
+        if reason:
+            raise InputError(f"'{entry.name}' cannot work here: {reason}", place)
+
+
+def _probes(scenario: Scenario, data: DataSpec, origin: Origin) -> list[Ref]:
+    probes = scenario.probes
+    if not probes:
+        sweeps = scenario.sweep.attackers.values() if scenario.sweep is not None else ()
+        attacked = bool(scenario.attackers) or any(sweeps)
+        regression = _regression(data, origin)
+        probes = [Ref(name="loss" if regression else "accuracy")]
+        probes += [Ref(name="attack-success")] if attacked and not regression else []
+    names = [probe.name for probe in probes]
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            raise InputError(f"'{name}' stands there twice", f"probes[{index}]")
+    return [_ref(probe, "probe", f"probes[{i}]", origin) for i, probe in enumerate(probes)]
+
+
+def _sweep(sweep: SweepSpec, scenario: Scenario, clients: ClientsSpec, origin: Origin) -> SweepSpec:
+    done = sweep.model_copy(
+        update={
+            "attackers": {k: _attackers(v, f"sweep.attackers.{k}", scenario, origin) for k, v in sweep.attackers.items()},
+            "strategies": {k: _strategy(v, f"sweep.strategies.{k}", clients, origin) for k, v in sweep.strategies.items()},
+            "partitions": {k: _ref(v, "partition", f"sweep.partitions.{k}", origin) for k, v in sweep.partitions.items()},
+        }
+    )
+    cells = 1
+    for axis in (done.attackers, done.strategies, done.partitions, done.seeds):
+        cells *= max(1, len(axis))
+    if cells > MAX_CELLS:
+        raise InputError(f"the sweep makes {cells} runs (at most {MAX_CELLS})", "sweep")
+    return done
+
+
+def behaviours(scenario: Scenario) -> Sequence[tuple[str, str, dict[str, Any]]]:
+    """Return (place, name, parameters) of every behaviour in the scenario and its sweep."""
+    groups = [(f"attackers[{i}]", g) for i, g in enumerate(scenario.attackers)]
+    for label, entry in (scenario.sweep.attackers if scenario.sweep is not None else {}).items():
+        groups += [(f"sweep.attackers.{label}[{i}]", g) for i, g in enumerate(entry)]
+    honest = ("clients.behaviour", scenario.clients.behaviour.name, scenario.clients.behaviour.params)
+    return [honest, *((f"{place}.behaviour", g.behaviour, g.params) for place, g in groups)]

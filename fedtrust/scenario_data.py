@@ -1,0 +1,137 @@
+"""What a scenario is asked once its data are there: sizes, the task, whether model, loss, behaviours and probes fit it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedtrust.data.base import FederatedData, Task
+from fedtrust.data.build import build
+from fedtrust.errors import InputError
+from fedtrust.models.build import build as build_model
+from fedtrust.registry import REGISTRY
+from fedtrust.scenario import Ref, Scenario
+from fedtrust.scenario_checks import behaviours
+
+#: So many bytes of samples may be copied about to try every partition with every seed; beyond it the first seed has to do.
+_TRIAL_BYTES = 8e9
+
+
+def check_data(scenario: Scenario) -> list[str]:
+    """Ask everything that needs the data; see `fedtrust.scenario.check`."""
+    facts: list[str] = []
+    first: FederatedData | None = None
+    for label, partition, seed in _trials(scenario):
+        data = _spread(scenario, label, partition, seed)
+        if first is None:
+            first = data
+            facts.append(_describe(scenario, data))
+            _fits(scenario, data, facts)
+            samples = data.x.numel() * data.x.element_size()
+        sizes = [len(part) for part in data.parts]
+        facts.append(f"partition '{label or partition.name}', seed {seed}: {min(sizes)} to {max(sizes)} samples a client")
+        if samples * len(facts) > _TRIAL_BYTES and seed != scenario.seed:
+            break
+    axes = scenario.axes()
+    cells = math.prod(len(axis) for axis in axes.values())
+    clients = scenario.clients
+    facts.append(f"{cells} run{'s' if cells > 1 else ''} of {scenario.rounds} rounds, {clients.cohort} of {clients.count} clients a round")
+    return facts
+
+
+def _trials(scenario: Scenario) -> Iterator[tuple[str, Ref, int]]:
+    """Yield (label in the sweep, partition, seed), every partition with the first seed before the other seeds."""
+    axes = scenario.axes()
+    swept = scenario.sweep is not None and bool(scenario.sweep.partitions)
+    for seed in axes["seeds"]:
+        for label, partition in axes["partitions"].items():
+            yield (label if swept else "", partition, seed)
+
+
+def _spread(scenario: Scenario, label: str, partition: Ref, seed: int) -> FederatedData:
+    data, skew = scenario.data, scenario.data.feature_skew
+    strategies = scenario.axes()["strategies"].values()
+    root = max(strategy.root_samples for strategy in strategies)
+    try:
+        return build(
+            data.source.name,
+            data.source.params,
+            partition.name,
+            partition.params,
+            None if skew is None else (skew.name, skew.params),
+            scenario.clients.count,
+            seed,
+            root,
+        )
+    except InputError as error:
+        raise InputError(error.message, _place(error.where, label)) from None
+
+
+def _place(where: str, label: str) -> str:
+    """Return the scenario's own key for a place that the data's builder names."""
+    for theirs, ours in (
+        ("data.skew", "data.feature_skew"),
+        ("data.root_samples", "strategy.root_samples"),
+        ("data.partition", f"sweep.partitions.{label}" if label else "data.partition"),
+    ):
+        if where.startswith(theirs):
+            return ours + where.removeprefix(theirs)
+    return where
+
+
+def _describe(scenario: Scenario, data: FederatedData) -> str:
+    shape = "×".join(map(str, data.task.shape))
+    what = f"{data.task.classes} classes" if data.task.kind == "classification" else "regression"
+    return f"source '{scenario.data.source.name}': {len(data.x)} training and {len(data.x_test)} test samples of {shape}, {what}"
+
+
+def _fits(scenario: Scenario, data: FederatedData, facts: list[str]) -> None:
+    """Ask model, loss, probes and behaviours whether they suit the task."""
+    task = data.task
+    loss = scenario.clients.train.loss or Ref(name="cross-entropy")
+    tasks = REGISTRY.get("loss", loss.name).meta.get("tasks")
+    if tasks is not None and task.kind not in tasks:
+        raise InputError(
+            f"'{loss.name}' is for {' and '.join(tasks)}; '{scenario.data.source.name}' is a {task.kind}", "clients.train.loss"
+        )
+    module = _module(scenario, data)
+    facts.append(f"model '{scenario.model.name}': {sum(p.numel() for p in module.parameters()):,} parameters")
+    for index, probe in enumerate(scenario.probes):
+        wanted = REGISTRY.get("probe", probe.name).meta.get("task")
+        if wanted is not None and wanted != task.kind:
+            raise InputError(f"'{probe.name}' measures a {wanted}; '{scenario.data.source.name}' is a {task.kind}", f"probes[{index}]")
+    for place, name, params in behaviours(scenario):
+        _suits(place, name, params, task)
+
+
+def _suits(place: str, name: str, params: dict[str, Any], task: Task) -> None:
+    reason = REGISTRY.make("behaviour", name, params).check(task)
+    if reason:
+        raise InputError(f"'{name}' cannot work here: {reason}", place)
+
+
+def _module(scenario: Scenario, data: FederatedData) -> nn.Module:
+    """Return the model after trying it, and the loss, on two samples."""
+    name, task = scenario.model.name, data.task
+    loss = scenario.clients.train.loss or Ref(name="cross-entropy")
+    try:
+        module = build_model(name, scenario.model.params, task, scenario.seed)
+        with torch.no_grad():
+            output = module(data.x[:2])
+    except InputError as error:
+        raise error.at("model") from None
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise InputError(f"'{name}' does not take samples of shape {list(task.shape)}: {error}", "model") from None
+    if output.shape != (len(data.x[:2]), task.classes):
+        raise InputError(f"'{name}' returns {list(output.shape)} for two samples, not [2, {task.classes}]", "model")
+    try:
+        value = REGISTRY.make("loss", loss.name, loss.params)(output, data.y[:2])
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        raise InputError(f"'{loss.name}' fails on the model's output: {error}", "clients.train.loss") from None
+    if value.dim() != 0:
+        raise InputError(f"'{loss.name}' returns {list(value.shape)}, not a scalar", "clients.train.loss")
+    return module

@@ -1,0 +1,280 @@
+"""The parts of a scenario as pydantic models: frozen, strict, no unknown key; the short forms of the file are understood here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+import pydantic
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from fedtrust.client import Knowledge
+from fedtrust.errors import allowed_list, nearest
+
+#: The largest seed.
+BIG = 2**63 - 1
+
+
+class Spec(pydantic.BaseModel):
+    """Base of every part of a scenario: frozen, strict, no unknown key."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shape(cls, given: Any) -> Any:
+        """Bring the short forms of the file into the full form, and refuse unknown keys with the nearest match."""
+        if isinstance(given, cls):
+            return given
+        given = cls.expand(given)
+        if not isinstance(given, Mapping):
+            raise PydanticCustomError("table", "should be a table, not {got}", {"got": repr(given)})
+        for key in given:
+            if key not in cls.model_fields:
+                raise PydanticCustomError(
+                    "unknown_key",
+                    "unknown key '{key}'{hint} (keys: {keys}){near}",
+                    {
+                        "key": str(key),
+                        "hint": cls.hint(str(key)),
+                        "keys": allowed_list(cls.keys(), 20),
+                        "near": nearest(str(key), cls.keys()),
+                    },
+                )
+        return given
+
+    @classmethod
+    def expand(cls, given: Any) -> Any:
+        """Return the full form of what the file says; the identity where there is no short form."""
+        return given
+
+    @classmethod
+    def keys(cls) -> list[str]:
+        """Return the keys that a file may use here."""
+        return list(cls.model_fields)
+
+    @classmethod
+    def hint(cls, key: str) -> str:
+        """Return a remark on an unknown key, put right after the words 'unknown key'."""
+        return ""
+
+
+class Ref(Spec):
+    """A component by name, with its parameters; in the file `"median"` or `{ name = "krum", m = 5 }`."""
+
+    name: str = Field(min_length=1)
+    params: dict[str, Any] = {}
+
+    @classmethod
+    def expand(cls, given: Any) -> Any:
+        """Split a flat table into the name and the parameters."""
+        if isinstance(given, str):
+            return {"name": given}
+        if not isinstance(given, Mapping):
+            raise PydanticCustomError("ref", "should be a name or a table with a name, not {got}", {"got": repr(given)})
+        rest = dict(given)
+        key = "name" if "name" in rest else "kind"
+        if key not in rest:
+            raise PydanticCustomError("ref", "should have a `name`", {})
+        name = rest.pop(key)
+        nested = rest.pop("params", {})
+        if not isinstance(nested, Mapping):
+            raise PydanticCustomError("ref", "`params` should be a table", {})
+        twice = sorted(set(rest) & set(nested))
+        if twice:
+            raise PydanticCustomError("ref", "parameter '{key}' is set twice", {"key": twice[0]})
+        return {"name": name, "params": {**nested, **rest}}
+
+
+class DataSpec(Spec):
+    """Which data, and how they are spread over the clients.
+
+    Attributes:
+        source: the data set. Its parameters `root` and `download`, where it has them, come from the two keys below.
+        partition: how samples are dealt out to clients.
+        feature_skew: what differs between clients' features, if anything.
+        root: folder of the data files, inside the scenario's folder.
+        download: whether the source may fetch missing files.
+    """
+
+    source: Ref
+    partition: Ref = Ref(name="iid")
+    feature_skew: Ref | None = None
+    root: str | None = None
+    download: bool = False
+
+
+class TrainSpec(Spec):
+    """How a client trains. In the file every other key is a parameter of the optimiser (`momentum`, `weight_decay`, …).
+
+    Attributes:
+        optimiser: its name.
+        lr: learning rate.
+        batch_size: samples a step.
+        epochs: passes over the client's data a round.
+        loss: what the protocol prescribes to minimise; `None` until the task is known (cross-entropy, or mse for a regression).
+        optimiser_params: the optimiser's parameters.
+    """
+
+    optimiser: str = "sgd"
+    lr: float = Field(0.05, gt=0)
+    batch_size: int = Field(20, ge=1)
+    epochs: int = Field(1, ge=1)
+    loss: Ref | None = None
+    optimiser_params: dict[str, Any] = {}
+
+    @classmethod
+    def expand(cls, given: Any) -> Any:
+        """Move the optimiser's parameters into a table of their own."""
+        if not isinstance(given, Mapping):
+            return given
+        known = {k: v for k, v in given.items() if k in cls.model_fields}
+        rest = {k: v for k, v in given.items() if k not in cls.model_fields}
+        nested = known.pop("optimiser_params", {})
+        if not isinstance(nested, Mapping):
+            raise PydanticCustomError("train", "`optimiser_params` should be a table", {})
+        return {**known, "optimiser_params": {**nested, **rest}}
+
+
+class ClientsSpec(Spec):
+    """The federation's clients.
+
+    Attributes:
+        count: how many there are.
+        per_round: how many take part in a round; `None`: all.
+        behaviour: what honest clients do.
+        train: how they train.
+        quorum: the share of a round's cohort whose replies must be valid for the round to count.
+    """
+
+    count: int = Field(ge=1, le=1_000_000)
+    per_round: int | None = Field(None, ge=1)
+    behaviour: Ref = Ref(name="honest")
+    train: TrainSpec = TrainSpec()
+    quorum: float = Field(0.5, gt=0, le=1)
+
+    @property
+    def cohort(self) -> int:
+        """How many clients take part in a round."""
+        return self.count if self.per_round is None else self.per_round
+
+
+def _pair(given: Any) -> Any:
+    if isinstance(given, list) and len(given) == 2:
+        return tuple(given)
+    if isinstance(given, tuple):
+        return given
+    raise PydanticCustomError("pair", "should be [first, last], not {got}", {"got": repr(given)})
+
+
+class AttackerSpec(Spec):
+    """A group of malicious clients.
+
+    Attributes:
+        behaviour: what they do.
+        params: the behaviour's parameters.
+        share, count, ids: who they are (exactly one of the three); a share is rounded half up.
+        knowledge: what they know; by default the least that the behaviour needs.
+        rounds: the first and the last round in which they misbehave; `None`: all.
+    """
+
+    behaviour: str = Field(min_length=1)
+    params: dict[str, Any] = {}
+    share: float | None = Field(None, gt=0, lt=1)
+    count: int | None = Field(None, ge=1)
+    ids: list[Annotated[int, Field(ge=0)]] | None = Field(None, min_length=1)
+    knowledge: Knowledge | None = None
+    rounds: Annotated[tuple[int, int], BeforeValidator(_pair)] | None = None
+
+    @classmethod
+    def hint(cls, key: str) -> str:
+        """Say where a behaviour's parameters go."""
+        return "; parameters of the behaviour go into `params`"
+
+    @model_validator(mode="after")
+    def _one_of_three(self) -> AttackerSpec:
+        given = [k for k in ("share", "count", "ids") if getattr(self, k) is not None]
+        if len(given) != 1:
+            raise PydanticCustomError("who", "needs exactly one of share, count, ids ({got})", {"got": ", ".join(given) or "none given"})
+        return self
+
+    def size(self, clients: int) -> int:
+        """Return how many of `clients` clients these are."""
+        if self.ids is not None:
+            return len(self.ids)
+        if self.count is not None:
+            return self.count
+        return int((self.share or 0.0) * clients + 0.5)
+
+
+def _assumed(given: Any) -> Any:
+    if isinstance(given, bool) or not isinstance(given, int | float):
+        raise PydanticCustomError("assumed", "should be a share in [0, 1) or a count, not {got}", {"got": repr(given)})
+    if given < 0 or (isinstance(given, float) and not given < 1):
+        raise PydanticCustomError("assumed", "should be a share in [0, 1) or a whole count from 0 (got {got})", {"got": repr(given)})
+    return given
+
+
+class StrategySpec(Spec):
+    """What the server does: filters, one aggregator, steps, in this order.
+
+    Attributes:
+        filters: rules [n, d] → [m, d].
+        aggregator: the rule [n, d] → [d]; `flwr:NAME` is a stock Flower strategy.
+        steps: rules [d] → [d].
+        assumed_malicious: what the defender believes, a share of the cohort or a count; never the truth.
+        root_samples: how many labelled samples the server owns.
+    """
+
+    filters: list[Ref] = []
+    aggregator: Ref = Ref(name="mean")
+    steps: list[Ref] = []
+    assumed_malicious: Annotated[int | float, BeforeValidator(_assumed)] = 0.0
+    root_samples: int = Field(0, ge=0)
+
+    @property
+    def label(self) -> str:
+        """A short name: the filters, the aggregator and the steps, joined by plus signs."""
+        return " + ".join(ref.name for ref in (*self.filters, self.aggregator, *self.steps))
+
+
+#: A probe is a component by name; the field's own name says what it is for.
+ProbeSpec = Ref
+
+
+class EngineSpec(Spec):
+    """How cohorts are computed; never changes the result beyond float rounding.
+
+    Attributes:
+        path: one client at a time, `torch.func.vmap`, fused cohorts, or what is fastest.
+        deadline: seconds that one client may take.
+        retries: how often a client is tried again after its worker died.
+    """
+
+    path: Literal["auto", "loop", "vmap", "fused"] = "auto"
+    deadline: float = Field(600.0, gt=0)
+    retries: int = Field(1, ge=0, le=100)
+
+
+def _distinct(given: list[int]) -> list[int]:
+    twice = [seed for seed in given if given.count(seed) > 1]
+    if twice:
+        raise PydanticCustomError("seeds", "seed {seed} stands there twice", {"seed": twice[0]})
+    return given
+
+
+class SweepSpec(Spec):
+    """The axes of a matrix, by label; an axis that is left out has the one value of the scenario itself.
+
+    Attributes:
+        attackers: label → groups of attackers (an empty list: none).
+        strategies: label → a strategy; in the file each entry overrides fields of `[strategy]`, or the whole is a list of aggregators.
+        partitions: label → a partition.
+        seeds: the seeds.
+    """
+
+    attackers: dict[str, list[AttackerSpec]] = {}
+    strategies: dict[str, StrategySpec] = {}
+    partitions: dict[str, Ref] = {}
+    seeds: Annotated[list[Annotated[int, Field(ge=0, le=BIG)]], AfterValidator(_distinct)] = []

@@ -1,0 +1,100 @@
+"""The JSON schema of a scenario file, for editors: the file's short forms, and the registered components with their parameters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fedtrust.client import KNOWLEDGE
+from fedtrust.registry import REGISTRY, Entry, Kind
+from fedtrust.scenario import Scenario
+
+Json = dict[str, Any]
+
+_PLUGIN = {"type": "string", "pattern": "^[A-Za-z_][A-Za-z0-9_]*:[A-Za-z0-9_-]+$", "description": "code beside the scenario: module:name"}
+_STOCK = {"type": "string", "pattern": "^flwr:[A-Za-z]+$", "description": "a stock Flower strategy"}
+
+
+def build() -> Json:
+    """Return the schema; see `fedtrust.scenario.schema`."""
+    made = Scenario.model_json_schema()
+    parts: Json = made["$defs"]
+    parts.pop("Ref", None)
+    for kind in ("aggregator", "behaviour", "feature-skew", "filter", "loss", "model", "partition", "probe", "source", "step"):
+        parts[f"{kind}-ref"] = component(kind)  # type: ignore[arg-type]
+    _link(made, "model", "model")
+    made["properties"]["probes"] = _many("probe")
+    for key, kind in (("source", "source"), ("partition", "partition"), ("feature_skew", "feature-skew")):
+        _link(parts["DataSpec"], key, kind)
+    _link(parts["ClientsSpec"], "behaviour", "behaviour")
+    _link(parts["StrategySpec"], "aggregator", "aggregator")
+    parts["StrategySpec"]["properties"] |= {"filters": _many("filter"), "steps": _many("step")}
+    _train(parts["TrainSpec"])
+    _attacker(parts["AttackerSpec"])
+    _sweep(parts["SweepSpec"])
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **made, "title": "fedtrust scenario"}
+
+
+def component(kind: Kind) -> Json:
+    """Return the schema of a component of a kind: a name, or a table with the name and that component's parameters."""
+    entries = [e for e in REGISTRY if e.kind == kind and ":" not in e.name]
+    if kind == "behaviour":
+        entries = [e for e in entries if e.meta.get("role") == "honest"]
+    names = [_PLUGIN, *([_STOCK] if kind == "aggregator" else [])]
+    word = "kind" if kind in ("partition", "feature-skew") else "name"
+    loose = {"type": "object", "properties": {word: {"anyOf": names}}, "required": [word]}
+    return {"anyOf": [{"enum": [e.name for e in entries]}, *names, *(_table(e, word) for e in entries), loose]}
+
+
+def _table(entry: Entry, word: str) -> Json:
+    properties = {word: {"const": entry.name}, **_parameters(entry)}
+    return {
+        "type": "object",
+        "description": entry.summary,
+        "properties": properties,
+        "required": [word],
+        "additionalProperties": False,
+    }
+
+
+def _parameters(entry: Entry) -> Json:
+    properties: Json = entry.schema.model_json_schema().get("properties", {})
+    return properties
+
+
+def _link(part: Json, key: str, kind: str) -> None:
+    part["properties"][key] = {"$ref": f"#/$defs/{kind}-ref"}
+
+
+def _many(kind: str) -> Json:
+    return {"type": "array", "items": {"$ref": f"#/$defs/{kind}-ref"}}
+
+
+def _train(part: Json) -> None:
+    part["properties"].pop("optimiser_params", None)
+    _link(part, "loss", "loss")
+    entries = [e for e in REGISTRY if e.kind == "optimiser"]
+    for entry in entries:
+        part["properties"] |= {k: v for k, v in _parameters(entry).items() if k not in part["properties"]}
+    part["properties"]["optimiser"] = {"anyOf": [{"enum": [e.name for e in entries]}, _PLUGIN]}
+    part["additionalProperties"] = True
+
+
+def _attacker(part: Json) -> None:
+    entries = [e for e in REGISTRY if e.kind == "behaviour" and e.meta.get("role") != "honest" and ":" not in e.name]
+    part["properties"]["behaviour"] = {"anyOf": [{"enum": [e.name for e in entries]}, _PLUGIN]}
+    part["properties"]["knowledge"] = {"enum": list(KNOWLEDGE)}
+    part["allOf"] = [
+        {
+            "if": {"properties": {"behaviour": {"const": e.name}}, "required": ["behaviour"]},
+            "then": {"properties": {"params": {"type": "object", "properties": _parameters(e), "additionalProperties": False}}},
+        }
+        for e in entries
+    ]
+
+
+def _sweep(part: Json) -> None:
+    strategy = {"anyOf": [{"type": "string"}, {"$ref": "#/$defs/StrategySpec"}]}
+    for key, item in (("strategies", strategy), ("partitions", {"$ref": "#/$defs/partition-ref"})):
+        part["properties"][key] = {
+            "anyOf": [{"type": "array", "items": {"type": "string"}}, {"type": "object", "additionalProperties": item}]
+        }

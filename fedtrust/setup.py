@@ -1,0 +1,191 @@
+"""From a scenario to the parts of a run: world, roster, strategy, probes, threat cards."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from flwr.serverapp.strategy import Strategy
+
+from fedtrust import plugins
+from fedtrust.client import Behaviour, capabilities
+from fedtrust.data.base import FederatedData
+from fedtrust.data.build import build as build_data
+from fedtrust.engine import flower
+from fedtrust.engine.roster import Group, Roster, recruit, recruits
+from fedtrust.engine.world import World
+from fedtrust.errors import InputError
+from fedtrust.probes.base import Goal, Probe
+from fedtrust.models.build import build as build_model
+from fedtrust.registry import REGISTRY, Entry, Kind
+from fedtrust.scenario import Ref, Scenario
+from fedtrust.server import Pipeline, Stage, assumed_count
+from fedtrust.strategy import FedTrustStrategy
+
+STOCK = "flwr:"
+
+
+@dataclass(frozen=True)
+class BoundProbe:
+    """A probe of the scenario with its parameters bound."""
+
+    entry: Entry
+    call: Probe
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The parts of one run.
+
+    Attributes:
+        scenario: what was asked for.
+        world: data, architecture and recipe; what workers hold.
+        params: the initial global model [d].
+        roster: who does what.
+        strategy: the Flower strategy that runs the server.
+        stock: whether it is one of Flower's own.
+        probes: what is measured.
+        goals: what the adversaries want, on test samples.
+    """
+
+    scenario: Scenario
+    world: World
+    params: torch.Tensor
+    roster: Roster
+    strategy: Strategy
+    stock: bool
+    probes: tuple[BoundProbe, ...]
+    goals: tuple[Goal, ...]
+
+
+def entry_of(kind: Kind, name: str, scenario: Scenario) -> Entry:
+    """Return a component's registry entry; a plugin's, if the scenario was loaded with leave to run it."""
+    if plugins.is_plugin(name):
+        if scenario.origin is None:
+            raise InputError(f"plugin '{name}' can be used only from a scenario file")
+        return plugins.load_plugin(kind, name, scenario.origin.folder, scenario.origin.allow_plugins)
+    return REGISTRY.get(kind, name)
+
+
+def make(kind: Kind, ref: Ref, scenario: Scenario) -> Any:
+    """Return the component of a reference with its parameters bound."""
+    return entry_of(kind, ref.name, scenario).make(ref.params)
+
+
+def build(scenario: Scenario) -> Setup:
+    """Return the parts of the run that a scenario (without sweep) describes.
+
+    Raises:
+        InputError: something does not fit together; nothing has been run.
+    """
+    data = _data(scenario)
+    world, params = _world(scenario, data)
+    roster = _roster(scenario)
+    name = scenario.strategy.aggregator.name
+    stock = name.startswith(STOCK)
+    strategy = _stock(scenario) if stock else FedTrustStrategy(_pipeline(scenario), world, scenario.strategy.assumed_malicious)
+    probes = tuple(BoundProbe(entry_of("probe", ref.name, scenario), make("probe", ref, scenario)) for ref in scenario.probes)
+    return Setup(scenario, world, params, roster, strategy, stock, probes, _goals(roster, data))
+
+
+def _data(scenario: Scenario) -> FederatedData:
+    skew = scenario.data.feature_skew
+    return build_data(
+        scenario.data.source.name,
+        scenario.data.source.params,
+        scenario.data.partition.name,
+        scenario.data.partition.params,
+        None if skew is None else (skew.name, skew.params),
+        clients=scenario.clients.count,
+        seed=scenario.seed,
+        root_samples=scenario.strategy.root_samples,
+    )
+
+
+def _world(scenario: Scenario, data: FederatedData) -> tuple[World, torch.Tensor]:
+    recipe = scenario.clients.train
+    if recipe.loss is None:
+        raise ValueError("the scenario was not resolved")
+    module = build_model(scenario.model.name, scenario.model.params, data.task, scenario.seed)
+    world = World(
+        data=data,
+        module=module,
+        criterion=make("loss", recipe.loss, scenario),
+        optimiser=make("optimiser", Ref(name=recipe.optimiser, params=recipe.optimiser_params), scenario),
+        lr=recipe.lr,
+        batch_size=recipe.batch_size,
+        epochs=recipe.epochs,
+        seed=scenario.seed,
+        path=scenario.engine.path,
+    )
+    return world, world.layout.vector(module)
+
+
+def _roster(scenario: Scenario) -> Roster:
+    count = scenario.clients.count
+    wanted = [a.ids if a.ids is not None else recruits(count, a.share, a.count) for a in scenario.attackers]
+    groups = []
+    for spec, members in zip(scenario.attackers, recruit(count, wanted, scenario.seed), strict=True):
+        behaviour: Behaviour = entry_of("behaviour", spec.behaviour, scenario).make(spec.params)
+        rounds = spec.rounds or (1, scenario.rounds)
+        groups.append(Group(spec.behaviour, behaviour, spec.knowledge or behaviour.needs_knowledge, members, rounds))
+    return Roster(count, make("behaviour", scenario.clients.behaviour, scenario), tuple(groups))
+
+
+def _pipeline(scenario: Scenario) -> Pipeline:
+    spec = scenario.strategy
+    return Pipeline(
+        [Stage(f"filters[{i}]", ref.name, make("filter", ref, scenario)) for i, ref in enumerate(spec.filters)],
+        Stage("aggregator", spec.aggregator.name, make("aggregator", spec.aggregator, scenario)),
+        [Stage(f"steps[{i}]", ref.name, make("step", ref, scenario)) for i, ref in enumerate(spec.steps)],
+    )
+
+
+def _stock(scenario: Scenario) -> Strategy:
+    ref = scenario.strategy.aggregator
+    assumed = assumed_count(scenario.strategy.assumed_malicious, scenario.clients.cohort)
+    return flower.stock_strategy(ref.name.removeprefix(STOCK), ref.params, assumed)
+
+
+def _goals(roster: Roster, data: FederatedData) -> tuple[Goal, ...]:
+    goals = []
+    for group in roster.groups:
+        wanted = group.behaviour.goal(data.x_test, data.y_test, data.task)
+        if wanted is None:
+            continue
+        x, y = wanted
+        clean = data.x_test if len(x) == len(data.x_test) else x
+        if clean is data.x_test:  # being right is no success: keep the samples whose wanted label is not the true one
+            counts = y != data.y_test
+            x, y, clean = x[counts], y[counts], clean[counts]
+        if len(x):
+            goals.append(Goal(group.name, x, y, clean))
+    return tuple(goals)
+
+
+def threat_cards(setup: Setup) -> list[dict[str, Any]]:
+    """Return role, knowledge, capability and budget of every adversary, derived from the components."""
+    cards: list[dict[str, Any]] = []
+    for spec, group in zip(setup.scenario.attackers, setup.roster.groups, strict=True):
+        entry = entry_of("behaviour", spec.behaviour, setup.scenario)
+        cards.append(
+            {
+                "behaviour": group.name,
+                "paper": str(entry.meta.get("paper", "")),
+                "summary": entry.summary,
+                "role": "malicious client" if group.knowledge == "own" else "colluding malicious clients",
+                "knowledge": group.knowledge,
+                "capability": list(capabilities(type(group.behaviour))),
+                "clients": list(group.members),
+                "share": len(group.members) / setup.roster.count,
+                "rounds": list(group.rounds),
+                "params": _plain(spec.params),
+            }
+        )
+    return cards
+
+
+def _plain(params: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v if isinstance(v, str | int | float | bool | list | type(None)) else str(v) for k, v in params.items()}

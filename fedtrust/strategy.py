@@ -1,0 +1,121 @@
+"""fedtrust's own Flower strategy: a pipeline of filters, one aggregator and steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+from torch import Tensor
+
+from fedtrust.engine import flower, seeds
+from fedtrust.engine.world import World
+from fedtrust.errors import RunError
+from fedtrust.server import AggContext, Outcome, Pipeline, State, assumed_count
+
+
+class FedTrustStrategy(Strategy):
+    """A Flower strategy made of a pipeline.
+
+    Attributes:
+        states: what the components carry from round to round, by place (saved in the checkpoint).
+        outcome: what the pipeline made of the last round; `None` before the first.
+    """
+
+    def __init__(self, pipeline: Pipeline, world: World, assumed_malicious: float) -> None:
+        """Make the strategy.
+
+        Args:
+            pipeline: what is done with the updates.
+            world: the run; the strategy uses only what a server knows: architecture, loss, registered sample counts, its own root set.
+            assumed_malicious: the share (or, as an int, the number) of updates that the defender assumes malicious.
+        """
+        self._pipeline = pipeline
+        self._assumed = assumed_malicious
+        self._layout, self._task = world.layout, world.data.task
+        self._model, self._criterion, self._root = world.model, world.criterion, world.data.root
+        self._registered: Callable[[int], int] = world.examples
+        self._seed = world.seed
+        self._params: Tensor | None = None
+        self.states: dict[str, State] = {}
+        self.outcome: Outcome | None = None
+
+    def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
+        """Ask every client that can be reached to train the global model."""
+        self._params = flower.to_flat(arrays, self._layout)
+        config["server-round"] = server_round
+        content = RecordDict({flower.ARRAYS: arrays, flower.CONFIG: config})
+        return [Message(content=content, message_type="train", dst_node_id=client) for client in grid.get_node_ids()]
+
+    def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Run the pipeline over the replies, one row a client, sorted by client.
+
+        Raises:
+            RunError: a component failed or returned what it must not.
+        """
+        messages = sorted(replies, key=lambda m: int(m.metadata.src_node_id))
+        if self._params is None or not messages:
+            return None, None
+        updates = torch.stack([self._update(m) for m in messages])
+        clients = tuple(int(m.metadata.src_node_id) for m in messages)
+        weights = torch.tensor([float(self._registered(c)) for c in clients])
+        ctx = self._context(server_round, self._params, weights, clients)
+        self.outcome = self._pipeline(updates, ctx, self.states, lambda place: self._rng(place, server_round))
+        self.states = self.outcome.states
+        return flower.FlatRecord(self._params + self.outcome.delta, self._layout), MetricRecord()
+
+    def preview(self, server_round: int, params: Tensor) -> Callable[[Tensor], Tensor]:
+        """Return the server's rule of this round as a function `updates [n, d] -> delta [d]`, for an attacker who is granted it.
+
+        It uses the rule's current state and does not change it; every update counts as one sample.
+        """
+
+        def defence(updates: Tensor) -> Tensor:
+            ctx = self._context(server_round, params, torch.ones(len(updates)), ())
+            return self._pipeline(updates, ctx, self.states, lambda place: self._rng(place, server_round)).delta
+
+        return defence
+
+    def _context(self, server_round: int, params: Tensor, weights: Tensor, clients: tuple[int, ...]) -> AggContext:
+        return AggContext(
+            params=params,
+            weights=weights,
+            clients=clients,
+            round=server_round,
+            assumed_malicious=assumed_count(self._assumed, len(weights)),
+            layout=self._layout,
+            task=self._task,
+            model=self._model,
+            criterion=self._criterion,
+            root=self._root,
+            rng=self._rng("", server_round),
+        )
+
+    def _rng(self, place: str, server_round: int) -> torch.Generator:
+        return seeds.torch_stream(self._seed, f"server/{place}", server_round)
+
+    def _update(self, message: Message) -> Tensor:
+        record = next(iter(message.content.array_records.values()))
+        if isinstance(record, flower.FlatRecord) and record.delta is not None:
+            return record.delta
+        if self._params is None:
+            raise RunError("a reply came before the model was sent")
+        return flower.to_flat(record, self._layout) - self._params
+
+    def configure_evaluate(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
+        """Ask nobody: measuring is the probes' work."""
+        return []
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Return nothing: measuring is the probes' work."""
+        return None
+
+    def summary(self) -> None:
+        """Log nothing: the threat card and the resolved scenario say it all."""
+
+    def load(self, states: Mapping[str, Mapping[str, Any]]) -> None:
+        """Take the components' states from a checkpoint."""
+        self.states = {place: dict(state) for place, state in states.items()}

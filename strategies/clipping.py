@@ -1,0 +1,44 @@
+"""Bounding what one client can do, and hiding what is left in noise."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from fedtrust.server import AggContext, PipelineFacts, Verdict, server_filter, step
+
+
+@server_filter(
+    "norm-clip", paper="Sun et al., 2019 (Can You Really Backdoor Federated Learning?), section 4; McMahan et al., ICLR 2018", bounds=True
+)
+def norm_clip(updates: Tensor, ctx: AggContext, *, max_norm: Annotated[float, Field(gt=0)] | None = None) -> Verdict:
+    """Scale down every update whose L2 norm is above `max_norm`; by default above the round's median norm.
+
+    Only a fixed `max_norm` is a bound that noise can be calibrated to: the median is read off the data.
+    """
+    norms = updates.double().norm(dim=1)  # [n]
+    limit = norms.quantile(0.5) if max_norm is None else torch.tensor(max_norm, dtype=torch.float64)
+    factor = (limit / norms.clamp(min=1e-12)).clamp(max=1.0).float()
+    return Verdict(factor[:, None] * updates, trust=factor, bound=max_norm)
+
+
+def _noise_needs(facts: PipelineFacts) -> str | None:
+    bounding = [name for name in facts.filters if facts.declared.get(name, {}).get("bounds")]
+    return None if bounding else "noise without a clip protects nothing: add a filter that bounds the updates, for instance norm-clip"
+
+
+@step(
+    "gaussian-noise", needs=_noise_needs, paper="McMahan et al., ICLR 2018, algorithm 1 (DP-FedAvg); Sun et al., 2019, section 4 (weak DP)"
+)
+def gaussian_noise(delta: Tensor, ctx: AggContext, *, noise_multiplier: Annotated[float, Field(gt=0)] = 0.01) -> Verdict:
+    """Add Gaussian noise with standard deviation `noise_multiplier` × the clip's bound ÷ the number of updates.
+
+    The noise comes from the simulation's seed: it shows what noise costs and stops, and is no privacy guarantee.
+    """
+    if ctx.bound is None:
+        raise ValueError("no filter gave a bound (norm-clip does with a fixed max_norm)")
+    std = noise_multiplier * ctx.bound / len(ctx.weights)
+    return Verdict(delta + std * torch.randn(delta.shape, generator=ctx.rng))

@@ -1,0 +1,62 @@
+"""Rules that trust updates with close neighbours: Krum and Multi-Krum."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fedtrust.server import AggContext, PipelineFacts, Verdict, aggregator
+
+_COLUMNS = 1 << 16
+
+
+def squared_distances(updates: Tensor) -> Tensor:
+    """Return the squared Euclidean distances between the rows, float64 [n, n].
+
+    Computed from the Gram matrix of what is left after subtracting each coordinate's median, in float64: float32, or a centre that one
+    huge row could move, would lose small differences to cancellation.
+    """
+    n = len(updates)
+    gram = torch.zeros(n, n, dtype=torch.float64)
+    for block in updates.split(_COLUMNS, dim=1):
+        wide = block.double()
+        wide = wide - wide.median(dim=0).values
+        gram += wide @ wide.T
+    norms = gram.diagonal()
+    distances = (norms[:, None] + norms[None, :] - 2 * gram).clamp(min=0)
+    return distances.fill_diagonal_(0)
+
+
+def krum_scores(updates: Tensor, f: int) -> Tensor:
+    """Return each row's sum of squared distances to its n − f − 2 nearest other rows [n]; Blanchard et al., section 4."""
+    n = len(updates)
+    if n < 2 * f + 3:
+        raise ValueError(f"Krum needs n ≥ 2f + 3, got n = {n}, f = {f}")
+    others = squared_distances(updates).fill_diagonal_(float("inf"))
+    return others.sort(dim=1).values[:, : n - f - 2].sum(dim=1)
+
+
+def _krum_needs(facts: PipelineFacts) -> str | None:
+    if facts.n < 2 * facts.f + 3:
+        return f"needs n ≥ 2f + 3 updates a round; n = {facts.n} and the defender assumes f = {facts.f}"
+    m = facts.params.get("m")
+    return f"cannot select m = {m} of n = {facts.n} updates" if m is not None and not 1 <= m <= facts.n else None
+
+
+@aggregator("krum", needs=_krum_needs, paper="Blanchard et al., NeurIPS 2017, section 4")
+def krum(updates: Tensor, ctx: AggContext) -> Verdict:
+    """Take the one update that is closest to its n − f − 2 nearest neighbours.
+
+    The paper's n − f − 2 (some libraries sum n − f − 1). Ties go to the smallest client id.
+    """
+    best = krum_scores(updates, ctx.assumed_malicious).argsort(stable=True)[:1]
+    return Verdict(updates[best[0]].clone(), trust=torch.zeros(len(updates)).index_fill_(0, best, 1.0))
+
+
+@aggregator("multi-krum", needs=_krum_needs, paper="Blanchard et al., NeurIPS 2017, section 5 (m-Krum)")
+def multi_krum(updates: Tensor, ctx: AggContext, *, m: int | None = None) -> Verdict:
+    """Average the `m` updates with the best Krum scores; `m` defaults to n − f."""
+    f, n = ctx.assumed_malicious, len(updates)
+    best = krum_scores(updates, f).argsort(stable=True)[: (n - f if m is None else m)]
+    chosen = best.sort().values  # in client order, so that the sum does not depend on the ranking
+    return Verdict(updates[chosen].mean(0), trust=torch.zeros(n).index_fill_(0, chosen, 1.0))

@@ -260,7 +260,7 @@ def progress_table(cells: Sequence[str], results: Mapping[str, Mapping[str, Any]
     """Return the matrix so far: accuracy and attack success by attack and strategy, averaged over what else differs."""
     groups: dict[tuple[str, str], list[str]] = {}
     for cell in cells:
-        attack, strategy = (cell.split("__") + [""])[:2]
+        attack, strategy = [*cell.split("__"), ""][:2]
         groups.setdefault((attack, strategy), []).append(cell)
     down, across = (list(dict.fromkeys(key[i] for key in groups)) for i in (0, 1))
     turned = len(across) > COLUMNS_SHOWN and len(down) < len(across)

@@ -122,11 +122,15 @@ class Registry:
         """Import every module that registers built-in components (once)."""
         if self._loaded:
             return
-        self._loaded = True
-        for package_name in BUILTIN_PACKAGES:
-            package = importlib.import_module(package_name)
-            for module in pkgutil.iter_modules(package.__path__, package_name + "."):
-                importlib.import_module(module.name)
+        self._loaded = True  # first: a component's module may ask the registry while it is imported
+        try:
+            for package_name in BUILTIN_PACKAGES:
+                package = importlib.import_module(package_name)
+                for module in pkgutil.iter_modules(package.__path__, package_name + "."):
+                    importlib.import_module(module.name)
+        except BaseException:
+            self._loaded = False  # half a registry must not pass for a whole one
+            raise
 
     def get(self, kind: Kind, name: str) -> Entry:
         """Return the entry, or raise `InputError` with what is allowed and the nearest match."""

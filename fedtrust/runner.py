@@ -255,7 +255,8 @@ class _Game:
             return f"{len(valid.clients)} valid replies of {asked}, quorum {quorum}"
         strategy, layout = self.setup.strategy, self.setup.world.layout
         try:
-            arrays, _ = strategy.aggregate_train(self.round, valid.messages)
+            with flower.cheap_collection():
+                arrays, _ = strategy.aggregate_train(self.round, valid.messages)
         except Exception as error:  # a stock strategy may raise anything
             reason = str(error) if isinstance(error, FedTrustError) else f"the strategy failed: {type(error).__name__}: {error}"
             if len(valid.clients) < asked:

@@ -73,13 +73,13 @@ class Scenario(Spec):
     week: str | None = None
     description: str = ""
     rounds: int = Field(ge=1, le=1_000_000)
-    seed: int = Field(0, ge=0, le=BIG)
+    seed: int = Field(default=0, ge=0, le=BIG)
     data: DataSpec
     model: Ref
     clients: ClientsSpec
-    attackers: list[AttackerSpec] = []
+    attackers: list[AttackerSpec] = Field(default_factory=list)
     strategy: StrategySpec = StrategySpec()
-    probes: list[Ref] = []
+    probes: list[Ref] = Field(default_factory=list)
     engine: EngineSpec = EngineSpec()
     sweep: SweepSpec | None = None
 

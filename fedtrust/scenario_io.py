@@ -84,8 +84,7 @@ class Document:
         keys = tuple(_parts(error.where))
         for given, where in reversed(self.overridden):
             if keys[: len(given)] == given:
-                rest = dotted(keys[len(given) :])
-                return InputError(f"{rest}: {error.message}" if rest else error.message, where)
+                return InputError(f"{error.where}: {error.message}" if len(keys) > len(given) else error.message, where)
         under = next((where for given, where in self.overridden if keys and given[: len(keys)] == keys), "")
         message = f"{error.message} (after {under})" if under else error.message
         line = next((self.lines[keys[:n]] for n in range(len(keys), 0, -1) if keys[:n] in self.lines), None)
@@ -149,7 +148,7 @@ def _too_deep(text: str) -> int | None:
             depth, dots = max(0, depth - 1), 0
         elif token in ("=", ",", "\n"):
             dots = 0
-        elif token == ".":
+        elif token == ".":  # noqa: S105 - a token of TOML
             dots += 1
         if max(depth, dots) > MAX_DEPTH:
             return line

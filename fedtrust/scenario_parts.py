@@ -118,9 +118,9 @@ class TrainSpec(Spec):
     """
 
     optimiser: str = "sgd"
-    lr: float = Field(0.05, gt=0)
-    batch_size: int = Field(20, ge=1)
-    epochs: int = Field(1, ge=1)
+    lr: float = Field(default=0.05, gt=0)
+    batch_size: int = Field(default=20, ge=1)
+    epochs: int = Field(default=1, ge=1)
     loss: Ref | None = None
     optimiser_params: dict[str, Any] = {}
 
@@ -149,10 +149,10 @@ class ClientsSpec(Spec):
     """
 
     count: int = Field(ge=1, le=1_000_000)
-    per_round: int | None = Field(None, ge=1)
+    per_round: int | None = Field(default=None, ge=1)
     behaviour: Ref = Ref(name="honest")
     train: TrainSpec = TrainSpec()
-    quorum: float = Field(0.5, gt=0, le=1)
+    quorum: float = Field(default=0.5, gt=0, le=1)
 
     @property
     def cohort(self) -> int:
@@ -181,9 +181,9 @@ class AttackerSpec(Spec):
 
     behaviour: str = Field(min_length=1)
     params: dict[str, Any] = {}
-    share: float | None = Field(None, gt=0, lt=1)
-    count: int | None = Field(None, ge=1)
-    ids: list[Annotated[int, Field(ge=0)]] | None = Field(None, min_length=1)
+    share: float | None = Field(default=None, gt=0, lt=1)
+    count: int | None = Field(default=None, ge=1)
+    ids: list[Annotated[int, Field(ge=0)]] | None = Field(default=None, min_length=1)
     knowledge: Knowledge | None = None
     rounds: Annotated[tuple[int, int], BeforeValidator(_pair)] | None = None
 
@@ -231,7 +231,7 @@ class StrategySpec(Spec):
     aggregator: Ref = Ref(name="mean")
     steps: list[Ref] = []
     assumed_malicious: Annotated[int | float, BeforeValidator(_assumed)] = 0.0
-    root_samples: int = Field(0, ge=0)
+    root_samples: int = Field(default=0, ge=0)
 
     @property
     def label(self) -> str:
@@ -253,8 +253,8 @@ class EngineSpec(Spec):
     """
 
     path: Literal["auto", "loop", "vmap", "fused"] = "auto"
-    deadline: float = Field(600.0, gt=0)
-    retries: int = Field(1, ge=0, le=100)
+    deadline: float = Field(default=600.0, gt=0)
+    retries: int = Field(default=1, ge=0, le=100)
 
 
 def _distinct(given: list[int]) -> list[int]:

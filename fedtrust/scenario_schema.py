@@ -20,7 +20,7 @@ def build() -> Json:
     parts: Json = made["$defs"]
     parts.pop("Ref", None)
     for kind in ("aggregator", "behaviour", "feature-skew", "filter", "loss", "model", "partition", "probe", "source", "step"):
-        parts[f"{kind}-ref"] = component(kind)  # type: ignore[arg-type]
+        parts[f"{kind}-ref"] = component(kind)
     _link(made, "model", "model")
     made["properties"]["probes"] = _many("probe")
     for key, kind in (("source", "source"), ("partition", "partition"), ("feature_skew", "feature-skew")):

@@ -21,7 +21,7 @@ def norm_clip(updates: Tensor, ctx: AggContext, *, max_norm: Annotated[float, Fi
     """
     norms = updates.double().norm(dim=1)  # [n]
     limit = norms.quantile(0.5) if max_norm is None else torch.tensor(max_norm, dtype=torch.float64)
-    factor = (limit / norms.clamp(min=1e-12)).clamp(max=1.0).float()
+    factor = torch.where(norms > limit, limit / norms, 1.0).float()
     return Verdict(factor[:, None] * updates, trust=factor, bound=max_norm)
 
 

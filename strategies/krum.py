@@ -28,12 +28,17 @@ def squared_distances(updates: Tensor) -> Tensor:
 
 
 def krum_scores(updates: Tensor, f: int) -> Tensor:
-    """Return each row's sum of squared distances to its n − f − 2 nearest other rows [n]; Blanchard et al., section 4."""
+    """Return each row's sum of squared distances to its n − f − 2 nearest other rows [n]; Blanchard et al., section 4.
+
+    Rounded to 26 binary digits: scores that are equal by definition (copies of a row, pairs of nearest neighbours) come out of the
+    matrix product with different last digits, and ties must go to the smallest client id.
+    """
     n = len(updates)
     if n < 2 * f + 3:
         raise ValueError(f"Krum needs n ≥ 2f + 3, got n = {n}, f = {f}")
     others = squared_distances(updates).fill_diagonal_(float("inf"))
-    return others.sort(dim=1).values[:, : n - f - 2].sum(dim=1)
+    mantissa, exponent = torch.frexp(others.sort(dim=1).values[:, : n - f - 2].sum(dim=1))
+    return torch.ldexp((mantissa * 2**26).round() / 2**26, exponent)
 
 
 def _krum_needs(facts: PipelineFacts) -> str | None:

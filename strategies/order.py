@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Annotated
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from fedtrust.server import AggContext, PipelineFacts, Verdict, aggregator
@@ -44,14 +46,14 @@ def _trim_needs(facts: PipelineFacts) -> str | None:
 
 
 @aggregator("trimmed-mean", needs=_trim_needs, paper="Yin et al., ICML 2018, definition 2")
-def trimmed_mean(updates: Tensor, ctx: AggContext, *, trim: int | None = None) -> Verdict:
+def trimmed_mean(updates: Tensor, ctx: AggContext, *, trim: Annotated[int, Field(ge=0)] | None = None) -> Verdict:
     """Drop the `trim` largest and smallest values of each coordinate and average the rest.
 
     `trim` defaults to the number of attackers that the defender assumes (the paper's β·n).
     """
     b = ctx.assumed_malicious if trim is None else trim
     n = len(updates)
-    if b < 0 or n <= 2 * b:
+    if n <= 2 * b:
         raise ValueError(f"cannot drop {b} values from each end of {n} updates")
     result = torch.empty(updates.shape[1])
     for where, block in sorted_columns(updates):

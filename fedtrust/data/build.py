@@ -44,8 +44,7 @@ def build(
         skew: registered name and parameters of the feature skew, or `None`.
         clients: number of clients.
         seed: the scenario's seed; partition, root set and skew depend on it, the train/test split does not.
-        root_samples: size of the server's own labelled set, stratified by class, from the training samples; none of them goes to a
-            client.
+        root_samples: size of the server's own labelled set, stratified by class; training samples that no client gets.
 
     Returns:
         The data set; `x` holds the clients' samples only (and what the partition leaves unused), never the root set's.

@@ -233,8 +233,9 @@ def _read(files: _Files, root: str | None, download: bool) -> tuple[Any, Any]:
     """
     place = Path(os.path.expanduser(root)) if root is not None else _default_root(files.name)
     try:
-        # the official CIFAR pickles date from 2009 and make new NumPy versions warn, which is nothing the user could mend
-        with _stalls_end(download), warnings.catch_warnings(action="ignore"):
+        with _stalls_end(download), warnings.catch_warnings():
+            # NumPy 2.4.0 to 2.4.4 take offence at the official CIFAR pickles of 2009, which is nothing the user could mend
+            warnings.filterwarnings("ignore", message=r"dtype\(\): align should be passed")
             return files.read(str(place), True, download), files.read(str(place), False, download)
     except _FAILURES as error:
         raise _refusal(files, place, download, error) from error

@@ -14,6 +14,7 @@ end to end, so every batch is full (the last is filled up from one more pass) an
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -84,6 +85,8 @@ class _Ready(NamedTuple):
 
 def train(world: World, chunk: Chunk) -> Trained:
     """Train a chunk; a client whose code fails is reported and costs nobody else anything."""
+    # functional_call puts the parameters into the module while it runs: threads must not share one.
+    world = dataclasses.replace(world, module=copy.deepcopy(world.module))
     ready, faults = _prepare(world, chunk)
     updates, losses, done = _attempt(world, chunk, ready, faults)
     return Trained(

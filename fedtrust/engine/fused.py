@@ -30,7 +30,8 @@ _KNOWN = (nn.Conv2d, nn.Flatten, nn.GroupNorm, nn.Linear, *_ELEMENTWISE, *_POOLS
 
 class _Step(NamedTuple):
     """One layer of the plan: its module, the full names of its parameters (`None` where it has none), and whether it may write over its
-    input, which the layer before it has just made and does not need for its own gradient."""
+    input, which the layer before it has just made and does not need for its own gradient.
+    """
 
     layer: nn.Module
     weight: str | None
@@ -92,8 +93,9 @@ def _plan(module: nn.Module) -> list[_Step] | None:
 def _leaves(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
     """Yield (prefix of its parameter names, layer) of nested `nn.Sequential`s in the order of the data."""
     if type(module) is nn.Sequential and not _hooked(module):
-        for name, child in module.named_children() if len(set(module)) == len(module) else module._modules.items():
-            yield from _leaves(child, f"{prefix}{name}.")
+        for name, child in module._modules.items():  # a layer that stands twice in it comes twice
+            if child is not None:
+                yield from _leaves(child, f"{prefix}{name}.")
     else:
         yield prefix, module
 
@@ -133,7 +135,8 @@ def _merge(x: Tensor) -> Tensor:
 
 def _split(x: Tensor, models: int) -> Tensor:
     """Return [b, k*C, ...] as [k, b, C, ...]."""
-    return x.unflatten(1, (models, -1)).transpose(0, 1)
+    b, channels, *size = x.shape
+    return x.view(b, models, channels // models, *size).transpose(0, 1)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -141,7 +144,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     rows = x.flatten(1, -2)
     turned = weight.transpose(1, 2)
     out = torch.bmm(rows, turned) if bias is None else torch.baddbmm(bias.unsqueeze(1), rows, turned)
-    return out if x.dim() == 3 else out.unflatten(1, x.shape[1:-1])
+    return out.view(*x.shape[:-1], out.shape[-1])
 
 
 def _on_channels(layer: nn.Module, x: Tensor, models: int, weight: Tensor | None, bias: Tensor | None) -> Tensor:

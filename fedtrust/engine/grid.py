@@ -184,7 +184,7 @@ class CohortGrid(Grid):  # type: ignore[misc]
         if client not in rows:
             return flower.failure(order.message, faults.get(client, "not trained"))
         delta = rows[client]
-        record = flower.FlatRecord(order.params + delta, self._world.layout, delta)
+        record = flower.FlatRecord(order.params, self._world.layout, delta)
         examples = self._world.examples(client)
         loss = self.losses[client]
         if not overrides(behaviour, "reply"):

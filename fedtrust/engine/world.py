@@ -51,7 +51,10 @@ class World:
     layout: Layout = None  # type: ignore[assignment]  # derived from the module
 
     def model(self, params: Tensor, x: Tensor) -> Tensor:
-        """Return the outputs [b, C] of the architecture with parameters `params` [d] for samples `x` [b, *shape]."""
+        """Return the outputs [b, C] of the architecture with parameters `params` [d] for samples `x` [b, *shape].
+
+        Not for two threads at once: the parameters stand in the module while it runs.
+        """
         result: Tensor = functional_call(self.module, self.layout.unflatten(params), (x,))
         return result
 

@@ -108,7 +108,7 @@ def cnn_large(task: Task, *, hidden: Width = 128) -> nn.Module:
 
 @model("resnet18", paper="He et al., CVPR 2016, section 4; GroupNorm: Wu and He, ECCV 2018")
 def resnet18(task: Task, *, groups: Literal[1, 2, 4, 8, 16, 32, 64] = 8) -> nn.Module:
-    """torchvision's ResNet-18 with GroupNorm; 11.2M parameters.
+    """The ResNet-18 of torchvision with GroupNorm; 11.2M parameters.
 
     Images below 64 pixels get a 3x3 first convolution of stride 1 and no max-pool, as in He et al. (CVPR 2016), section 4.2.
 

@@ -23,9 +23,11 @@ def write(directory: Path) -> Path:
         InputError: the folder is no run directory, or damaged.
         RunError: the report cannot be written.
     """
-    from fedtrust.report import load, pages, render
+    from fedtrust.report import load, matrix_page, render, run_page
 
-    return render.save(render.html(pages.page(load.read(Path(directory)))), Path(directory) / "report.html")
+    found = load.read(Path(directory))
+    page = matrix_page.matrix_page(found) if isinstance(found, load.Matrix) else run_page.run_page(found)
+    return render.save(render.html(page), Path(directory) / "report.html")
 
 
 def compare(directories: list[Path], out: Path) -> Path:

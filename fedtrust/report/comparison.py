@@ -7,9 +7,10 @@ from typing import Any
 
 from fedtrust.report import verdict
 from fedtrust.report.curves import by_round
+from fedtrust.report.heat import heat_maps
 from fedtrust.report.load import Matrix, Run
-from fedtrust.report.pages import heat_maps, run_alerts
 from fedtrust.report.parts import COLUMNS_OF_LINES, STATUS_WORDS, Budget, duration, flat, is_share, metric_title, shown
+from fedtrust.report.run_page import run_alerts
 from fedtrust.report.svg import Axes, Series, clipped, line_chart
 
 _MOST_COLUMNS, _MOST_ROWS = 8, 300
@@ -34,7 +35,10 @@ def page(found: Sequence[Run | Matrix]) -> dict[str, Any]:
         "kind": "compare",
         "title": f"Comparison of {len(found)} run{'' if len(found) == 1 else 's'}",
         "status": "",
-        "facts": [f"{len(runs)} single runs" if runs else "", f"{len(matrices)} matrices" if matrices else ""],
+        "facts": [
+            f"{len(runs)} single run{'' if len(runs) == 1 else 's'}" if runs else "",
+            f"{len(matrices)} matri{'x' if len(matrices) == 1 else 'ces'}" if matrices else "",
+        ],
         "verdict": _verdict(runs, matrices, differing),
         "alerts": [f"{name}: {alert}" for name, entry in zip(names, found, strict=True) for alert in _alerts(entry)],
         "cells": _table(runs, matrices),
@@ -65,9 +69,8 @@ def _alerts(entry: Run | Matrix) -> list[str]:
         return run_alerts(entry)
     if entry.folder.status == "finished":
         return []
-    return [
-        f"this matrix {STATUS_WORDS.get(entry.folder.status, entry.folder.status[:60])}{f': {entry.folder.why[:300]}' if entry.folder.why else ''}."
-    ]
+    why = f": {entry.folder.why[:300]}" if entry.folder.why else ""
+    return [f"this matrix {STATUS_WORDS.get(entry.folder.status, entry.folder.status[:60])}{why}."]
 
 
 def _verdict(runs: Sequence[tuple[str, Run]], matrices: Sequence[tuple[str, Matrix]], differing: dict[str, Any]) -> list[str]:
@@ -84,9 +87,8 @@ def _verdict(runs: Sequence[tuple[str, Run]], matrices: Sequence[tuple[str, Matr
         others = [row["name"] for row in differing["rows"] if row["name"].split(".")[0].split("[")[0] not in _NAMED]
         if others:
             more = f" and {len(others) - 4} more settings" if len(others) > 4 else ""
-            said.append(
-                f"The runs differ in other things too ({', '.join(others[:4])}{more}), so the difference is not the rule's or the attack's alone."
-            )
+            what = f"{', '.join(others[:4])}{more}"
+            said.append(f"The runs differ in other things too ({what}), so the difference is not the rule's or the attack's alone.")
     elif runs:
         said += verdict.sentences({**runs[0][1].folder.raw, "metrics": runs[0][1].summary.metrics})
     said += [f"{name}: {verdict.sentences(matrix.folder.raw)[0]}" for name, matrix in matrices]

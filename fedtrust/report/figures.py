@@ -101,7 +101,7 @@ def _groups(clients: Clients, bins: list[str], binned: list[list[float]]) -> lis
         known = [binned[n] for n in ids if n < len(binned)]
         counts = [fmean(column) for column in zip(*known, strict=True)] if known else []
         trust = [clients.trust[n] for n in ids if n in clients.trust]
-        name = "malicious" if bad else f"most {clipped(bins[most], 6)}" if most >= 0 else "honest"
+        name = "malicious" if bad else f"most {clipped(bins[most], 6)}" if most >= 0 else "no data" if known else "honest"
         hint = (
             f"{len(ids)} {'malicious' if bad else 'honest'} clients"
             + (f" that hold most of class {bins[most]}" if most >= 0 else "")
@@ -267,5 +267,6 @@ def trust_rounds(trust: Mapping[int, Mapping[int, float]], malicious: Sequence[i
     every = max(1, round(len(rounds) / 10))
     parts += [text(left + (n + 0.5) * step, bottom, str(at), "", "middle") for n, at in enumerate(rounds) if n % every == 0]
     parts.append(text(left + len(rounds) * step / 2, bottom + 15, "Round", "name", "middle"))
-    desc = f"The area of a square is the trust in a client in a round. {trust_words({c: fmean(r.values()) for c, r in trust.items() if r}, malicious)}"
+    means = {client: fmean(by_round.values()) for client, by_round in trust.items() if by_round}
+    desc = f"The area of a square is the trust in a client in a round. {trust_words(means, malicious)}"
     return drawing(WIDTH, bottom + 20, "Trust by client and round", desc, *parts)

@@ -7,9 +7,9 @@ What cannot be read at all (torn JSON, a list where an object must stand) is an 
 from __future__ import annotations
 
 import json
-import math
 import re
 import tomllib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -18,16 +18,18 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from fedtrust.errors import InputError
 
+_INFINITE = 1e150
+
 
 def number(value: object) -> float | None:
-    """Return a finite float, or `None` for null, NaN, infinities and whatever is no number."""
+    """Return a finite float, or `None` for null, NaN, infinities (from 1e150 on: nothing can be drawn there) and whatever is no number."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
         result = float(value)
     except OverflowError:
         return None
-    return result if math.isfinite(result) else None
+    return result if abs(result) < _INFINITE else None
 
 
 def _text(value: object) -> str:
@@ -245,7 +247,7 @@ def read(directory: Path) -> Run | Matrix:
     folder = _folder(directory)
     kind = folder.raw.get("kind", "run")
     if kind == "matrix":
-        summary = _validated(MatrixSummary, folder.raw, directory / "summary.json")
+        summary = validated(MatrixSummary, folder.raw, str(directory / "summary.json"))
         places = {
             cell.cell: directory / "cells" / cell.cell
             for cell in summary.cells
@@ -271,7 +273,7 @@ def _folder(directory: Path) -> Folder:
 
 def _run(folder: Folder, *, long: bool) -> Run:
     """Read what a single run left; a cell's clients and artefacts are read only as far as the matrix shows them (`long`)."""
-    summary = _validated(RunSummary, folder.raw, folder.path / "summary.json")
+    summary = validated(RunSummary, folder.raw, str(folder.path / "summary.json"))
     rounds = _rounds(folder.path / "rounds.jsonl")
     if not folder.raw and rounds:  # killed before the summary: the records say as much as they can
         title = _text(folder.settings().get("title"))
@@ -282,7 +284,7 @@ def _run(folder: Folder, *, long: bool) -> Run:
 
 def _rounds(path: Path) -> list[Round]:
     """A round that was played again after a resume counts once, as it was played last."""
-    found = {entry.round: entry for line, row in _lines(path) for entry in [_validated(Round, row, path, line)]}
+    found = {entry.round: entry for line, row in _lines(path) for entry in [validated(Round, row, f"{path}:{line}")]}
     return [found[key] for key in sorted(found)]
 
 
@@ -333,20 +335,22 @@ def _object(text: str, where: str) -> dict[str, Any]:
     return value
 
 
-def _lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
+def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Read JSON lines; a last line without its end is what a kill leaves behind, and is left out."""
     if not path.is_file():
-        return []
+        return
     text = _read(path)
     whole = text[: text.rfind("\n") + 1]
-    return [(n, _object(line, f"{path}:{n}")) for n, line in enumerate(whole.split("\n"), start=1) if line.strip()]
+    for n, line in enumerate(whole.split("\n"), start=1):
+        if line.strip():
+            yield n, _object(line, f"{path}:{n}")
 
 
 M = TypeVar("M", bound=BaseModel)
 
 
-def _validated(model: type[M], value: dict[str, Any], path: Path, line: int | None = None) -> M:
-    where = f"{path}:{line}" if line else str(path)
+def validated(model: type[M], value: dict[str, Any], where: str) -> M:
+    """Read a record, or say in one line (`InputError`) which of its keys is damaged."""
     try:
         return model.model_validate(value)
     except ValidationError as error:

@@ -13,9 +13,10 @@ from typing import Any
 
 from markupsafe import Markup
 
-from fedtrust.report.load import Folder, Round, Run, Threat, number
+from fedtrust.report.load import Axes as MatrixAxes
+from fedtrust.report.load import Cell, Folder, Round, Run, Threat, number
 from fedtrust.report.svg import Axes, Series, clipped, line_chart
-from fedtrust.report.verdict import listed, percent
+from fedtrust.report.verdict import is_none, listed, percent
 
 MOST_CLIENTS = 100_000  # an id above is a damaged record, not a client
 _SHARES = ("accuracy", "attack-success")
@@ -69,6 +70,18 @@ def duration(seconds: float | None) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
+def cell_name(cell: Cell, axes: MatrixAxes) -> str:
+    """Name a cell of a matrix; an axis with a single value goes without saying."""
+    rest = [cell.partitions] if len(axes.partitions) > 1 else []
+    rest += [f"seed {cell.seed}"] if len(axes.seeds) > 1 else []
+    where = f" ({', '.join(rest)})" if rest else ""
+    return (
+        f"{cell.strategies} without an attack{where}"
+        if is_none(cell.attackers, {})
+        else f"{cell.attackers} against {cell.strategies}{where}"
+    )
+
+
 def population(run: Run) -> int:
     """Count the clients: by the federation where it is known, by the highest id otherwise."""
     if run.summary.federation.label_counts:
@@ -90,7 +103,7 @@ def window(threats: Sequence[Threat]) -> tuple[float, float] | None:
 def threat_card(threat: Threat, clients: int, assumed: float | None, malicious: int) -> dict[str, Any]:
     """Lay out one adversary: who it is, what it knows and can do, and what the defender believed."""
     who = f"{len(threat.clients)} of {clients} clients" if clients else f"{len(threat.clients)} clients"
-    share = f" ({percent(threat.share)})" if threat.share is not None else ""
+    share = f" ({_share(threat.share)})" if threat.share is not None else ""
     ids = ", ".join(map(str, threat.clients[:30])) + (", …" if len(threat.clients) > 30 else "")
     params = ", ".join(f"{key} = {_short(value)}" for key, value in list(threat.params.items())[:30])
     facts = [
@@ -100,7 +113,7 @@ def threat_card(threat: Threat, clients: int, assumed: float | None, malicious: 
             {"own": "only its own data and update", "coalition": "what the other adversaries know"}.get(threat.knowledge, threat.knowledge),
         ),
         ("Can change", listed(threat.capability)),
-        ("Share", f"{who}{share}" if threat.clients else percent(threat.share) if threat.share is not None else ""),
+        ("Share", f"{who}{share}" if threat.clients else _share(threat.share) if threat.share is not None else ""),
         ("Clients", ids),
         ("Rounds", _span(threat.rounds)),
         ("Parameters", params),
@@ -119,9 +132,13 @@ def defender(assumed: float | None, malicious: int, clients: int) -> str:
     off = believed - malicious
     verdict = "which is right" if abs(off) < 0.5 else "fewer than there are" if off < 0 else "more than there are"
     amount = (
-        f"{percent(assumed)} malicious (about {believed:.3g} of {clients} clients)" if assumed < 1 else f"{assumed:.0f} malicious clients"
+        f"{_share(assumed)} malicious (about {believed:.3g} of {clients} clients)" if assumed < 1 else f"{assumed:.0f} malicious clients"
     )
     return f"assumes {amount}; there are {malicious}, {verdict}"
+
+
+def _share(value: float) -> str:
+    return f"{100 * value:.3g} %"
 
 
 def _span(rounds: object) -> str:

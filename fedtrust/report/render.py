@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
 from fedtrust.errors import RunError
@@ -20,9 +20,7 @@ _HERE = Path(__file__).parent
 
 @cache
 def _environment() -> Environment:
-    made = Environment(
-        loader=PackageLoader("fedtrust.report", ""), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    made = Environment(loader=PackageLoader("fedtrust.report", ""), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     made.filters["tight"] = lambda words: re.sub(r"(?<=\d) %", "\u202f%", words)  # the sign never stands alone on the next line
     return made
 
@@ -38,7 +36,7 @@ def html(page: dict[str, Any]) -> str:
         f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
     )
     assets = {"script": Markup(script), "style": Markup(_themed(style)), "policy": policy}  # noqa: S704
-    return _environment().get_template("template.html").render(page=page, **assets)
+    return _environment().get_template("template.html").render(page=page, **assets).lstrip()
 
 
 def _themed(style: str) -> str:

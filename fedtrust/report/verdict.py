@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, Literal
 
-from fedtrust.report.load import Cell, MatrixSummary, RunSummary, Threat
+from fedtrust.report.load import Cell, MatrixSummary, RunSummary, Threat, validated
 
 Outcome = Literal["won", "partial", "held", "unknown"]
 
@@ -112,8 +112,8 @@ def sentences(summary: dict[str, Any]) -> list[str]:
         At least one sentence. Plain text: whoever puts it into HTML has to escape it.
     """
     if summary.get("kind") == "matrix":
-        return _matrix(MatrixSummary.model_validate(summary))
-    return _run(RunSummary.model_validate(summary))
+        return _matrix(validated(MatrixSummary, summary, "summary.json"))
+    return _run(validated(RunSummary, summary, "summary.json"))
 
 
 def percent(value: float | None, digits: int = 1) -> str:
@@ -155,7 +155,8 @@ def _run(summary: RunSummary) -> list[str]:
     attacked = bool(summary.threats) or not is_none(summary.attack, {})
     attack, rule = summary.attack or "the attack", summary.strategy or "the server's rule"
     unfinished = summary.status not in ("", "finished")
-    said = [f"The run is {summary.status} and not complete; the numbers are those of its last round."] if unfinished else []
+    how = {"failed": "The run failed", "interrupted": "The run was interrupted"}.get(summary.status, "The run has not ended")
+    said = [f"{how}; the numbers are those of its last round."] if unfinished else []
     if success is not None and attacked:
         word = {"won": "beats", "partial": "gets part of its way against", "held": "is held by", "unknown": "meets"}[
             cell_outcome(None, None, success)
@@ -221,11 +222,7 @@ def _headline(fights: list[Duel], calm: list[Duel]) -> str:
         {"won": lost, "partial": part, "held": held}[duel.outcome].setdefault(duel.strategy, []).append(duel.attack)
     safe = [name for name in held if len(held[name]) == len(attacks)]
     against = {1: attacks[0], 2: "both attacks"}.get(len(attacks), "every attack")
-    parts = (
-        [f"{_few(safe)} held against {against}"]
-        if safe
-        else ["no rule held against every attack" if len(attacks) > 1 else f"no rule held against {attacks[0]}"]
-    )
+    parts = [f"{_few(safe)} held against {against}"] if safe else ["no rule held against every attack"] if len(attacks) > 1 else []
     by_losses: dict[tuple[str, ...], list[str]] = {}
     for name, attackers in lost.items():
         by_losses.setdefault(tuple(attackers), []).append(name)
@@ -257,8 +254,8 @@ def _blow(duel: Duel, threats: list[Threat]) -> str:
         if duel.cost is not None and duel.cost > COST_HELD:
             while_ = f", and {points(duel.cost)} of accuracy are lost"
         return f"{percent(duel.success)} {goal(threats)}{while_}"
-    fall = f" ({percent(duel.baseline)} → {percent(duel.accuracy)})"
-    return f"{points(duel.cost or 0.0)} of accuracy lost{fall}"
+    fall = f"{percent(duel.baseline).removesuffix(' %')} → {percent(duel.accuracy)}"
+    return f"{points(duel.cost or 0.0)} of accuracy lost, {fall}"
 
 
 def _duel_sentence(attack: str, judged: list[Duel], threats: list[Threat]) -> str:
@@ -273,9 +270,8 @@ def _duel_sentence(attack: str, judged: list[Duel], threats: list[Threat]) -> st
         parts.append(f"{attack} beats {listed(blows)}")
     if partial := groups["partial"]:
         subject = "it" if parts else attack
-        parts.append(
-            f"{subject} gets part of its way against {listed([f'{d.strategy} ({_short(d)})' for d in partial[:4]])}{' and others' if len(partial) > 4 else ''}"
-        )
+        named = [f"{duel.strategy} ({_short(duel)})" for duel in partial[:4]] + (["others"] if len(partial) > 4 else [])
+        parts.append(f"{subject} gets part of its way against {listed(named)}")
     if held := groups["held"]:
         names = _few([duel.strategy for duel in held])
         verb = "holds" if len(held) == 1 else "hold"
@@ -323,9 +319,8 @@ def _calm(calm: list[Duel]) -> list[str]:
         return []
     if len(ordered) <= 4:
         return [f"Without an attack accuracy is {listed([f'{percent(value)} with {name}' for value, name in ordered])}."]
-    return [
-        f"Without an attack accuracy lies between {percent(ordered[-1][0])} ({ordered[-1][1]}) and {percent(ordered[0][0])} ({ordered[0][1]})."
-    ]
+    (best, first), (least, last) = ordered[0], ordered[-1]
+    return [f"Without an attack accuracy lies between {percent(least)} ({last}) and {percent(best)} ({first})."]
 
 
 def _caveats(summary: MatrixSummary, fights: list[Duel], calm: list[Duel]) -> list[str]:
@@ -335,7 +330,9 @@ def _caveats(summary: MatrixSummary, fights: list[Duel], calm: list[Duel]) -> li
             "No cell was played without an attack, so what the attacks cost in accuracy cannot be said; only attack success is judged."
         )
     if broken := [cell for cell in summary.cells if not cell.ok]:
-        said.append(f"{len(broken)} of {len(summary.cells)} cells did not finish and {'is' if len(broken) == 1 else 'are'} left out.")
+        which = _few(list(dict.fromkeys(f"{cell.attackers} against {cell.strategies}" for cell in broken)), 3)
+        cells = f"{len(broken)} of {len(summary.cells)} cells did not finish and {'is' if len(broken) == 1 else 'are'} left out"
+        said.append(f"{cells} ({which}).")
     if len(summary.axes.partitions) > 1 and fights:
         said.append("Where several partitions were played, the numbers are those of the worst one.")
     seeds = len(summary.axes.seeds)

@@ -215,6 +215,14 @@ def test_quantity_skew_skews_sizes_and_nothing_else() -> None:
         quantity_skew(labels, 100, stream(1, "p"), alpha=0.01, min_samples=90)
 
 
+def test_quantity_skew_sizes_have_the_moments_of_the_distribution() -> None:
+    """A client's share is Beta(alpha, (N-1) alpha): variance (N-1)/(N^2 (N alpha + 1))."""
+    labels = np.zeros(10000, dtype=np.int64)
+    draws = [quantity_skew(labels, 5, stream(seed, "p"), alpha=0.5, min_samples=1) for seed in range(300)]
+    shares = np.array([[len(part) / 10000 for part in parts] for parts in draws])
+    assert shares.var() == pytest.approx(4 / 25 / 3.5, rel=0.08)
+
+
 @pytest.mark.parametrize(
     ("name", "params", "message"),
     [

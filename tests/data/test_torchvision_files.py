@@ -7,6 +7,7 @@ import pickle
 import socket
 import struct
 import urllib.error
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,23 @@ def test_cifar_is_read_from_its_pickled_batches(
     assert np.array_equal((raw.x_train * 255).round().int().numpy(), pixels)
     assert raw.y_train.tolist() == [label for name in train for label in written[name][key]]
     assert len(raw.y_test) == 10
+
+
+def test_numpys_complaint_about_old_pickles_does_not_reach_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NumPy 2.4.0 to 2.4.4 warn on the official files (numpy issue 30786); any other warning still comes through."""
+    write_cifar(tmp_path, datasets.CIFAR10, "labels", [str(i) for i in range(10)], monkeypatch)
+    load = pickle.load
+    text = ["dtype(): align should be passed as Python or NumPy boolean but got `align=0`."]
+
+    def complaining(*args: Any, **options: Any) -> Any:
+        warnings.warn(text[0], np.exceptions.VisibleDeprecationWarning, stacklevel=2)
+        return load(*args, **options)
+
+    monkeypatch.setattr(pickle, "load", complaining)
+    assert len(cifar10(root=str(tmp_path)).y_train) == 50
+    text[0] = "something else"
+    with pytest.raises(np.exceptions.VisibleDeprecationWarning, match="something else"):
+        cifar10(root=str(tmp_path))
 
 
 def test_svhn_is_read_from_mat_files_and_its_ten_is_a_zero(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,177 @@
+"""`fedtrust list` and `fedtrust describe`."""
+
+from __future__ import annotations
+
+import inspect
+import shutil
+import textwrap
+import types
+import typing
+from typing import Annotated, Any, Literal
+
+from pydantic_core import PydanticUndefined
+
+from fedtrust.errors import InputError, allowed_list, nearest
+from fedtrust.registry import KINDS, REGISTRY, Entry, Kind
+
+_ABOUT: dict[Kind, str] = {
+    "behaviour": "what clients do: clients.behaviour (honest) or [[attackers]] (malicious)",
+    "filter": "strategy.filters: updates to updates",
+    "aggregator": "strategy.aggregator: updates to one change of the model",
+    "step": "strategy.steps: the change of the model to another",
+    "probe": "[[probes]]: what is measured",
+    "model": "[model]",
+    "loss": "clients.train.loss",
+    "optimiser": "clients.train.optimiser",
+    "source": "data.source",
+    "partition": "data.partition",
+    "feature-skew": "data.feature_skew",
+}
+
+
+def _width() -> int:
+    return min(100, shutil.get_terminal_size((80, 24)).columns)
+
+
+def listing(kind: str | None) -> str:
+    """Return the registered names with the first line of what they do.
+
+    Raises:
+        InputError: there is no such kind.
+    """
+    kinds: tuple[Kind, ...] = KINDS
+    if kind is not None:
+        wanted = kind.lower().replace("_", "-").removesuffix("s") if kind not in ("loss", "losses") else "loss"
+        if wanted not in KINDS:
+            raise InputError(f"no kind '{kind}' (kinds: {', '.join(KINDS)}){nearest(wanted, KINDS)}")
+        kinds = (wanted,)
+    return "\n\n".join(_block(k) for k in kinds)
+
+
+def _block(kind: Kind) -> str:
+    entries = [e for e in REGISTRY if e.kind == kind and ":" not in e.name]
+    pad = max([len(e.name) for e in entries] + [8]) + 2
+    rows = [f"{kind}: {_ABOUT[kind]}"]
+    for entry in entries:
+        mark = "(honest) " if entry.meta.get("role") == "honest" and kind == "behaviour" else ""
+        rows.append(_row(entry.name, pad, mark + entry.summary))
+    if kind == "aggregator":
+        rows.append(_row("flwr:NAME", pad, f"A stock Flower strategy: {', '.join(stock_names())}."))
+    return "\n".join(rows)
+
+
+def _row(name: str, pad: int, text: str) -> str:
+    lines = textwrap.wrap(text, max(20, _width() - pad - 2)) or [""]
+    return "\n".join([f"  {name:{pad}}{lines[0]}", *(" " * (pad + 2) + line for line in lines[1:])])
+
+
+def stock_names() -> list[str]:
+    """Return Flower's strategies that run here."""
+    import flwr.serverapp.strategy as stock
+
+    from fedtrust.engine.flower import stock_check
+
+    names = []
+    for name in stock.__all__:
+        try:
+            stock_check(name, {"client_learning_rate": 0.1} if name == "QFedAvg" else {})
+        except InputError:
+            continue
+        names.append(name)
+    return names
+
+
+def description(name: str) -> str:
+    """Return all that is known about a component, of whatever kind.
+
+    Raises:
+        InputError: there is none of that name.
+    """
+    if name.startswith("flwr:"):
+        return _stock(name)
+    entries = REGISTRY.find(name)
+    if not entries:
+        names = sorted({e.name for e in REGISTRY if ":" not in e.name})
+        raise InputError(f"no component '{name}' (known: {allowed_list(names, 60)}){nearest(name, names)}")
+    return "\n\n".join(_entry(entry) for entry in entries)
+
+
+def _stock(name: str) -> str:
+    from fedtrust.engine.flower import stock_check
+
+    plain = name.removeprefix("flwr:")
+    cls = stock_check(plain, {"client_learning_rate": 0.1} if plain == "QFedAvg" else {})
+    doc = inspect.getdoc(cls) or ""
+    return f"{name} · aggregator (stock Flower strategy; takes no filters or steps)\n\n{doc}"
+
+
+def _entry(entry: Entry) -> str:
+    head = f"{entry.name} · {entry.kind}"
+    facts = [("paper", entry.meta.get("paper")), ("role", entry.meta.get("role")), ("when", entry.meta.get("when"))]
+    if entry.kind == "behaviour":
+        from fedtrust.client import capabilities
+
+        facts.append(("knowledge", f"{entry.meta.get('knowledge', 'own')} or more"))
+        facts.append(("manipulates", ", ".join(capabilities(entry.target)) or "nothing"))
+    shown = [_row(key, 13, str(value)) for key, value in facts if value]
+    blocks = [head, "\n".join(shown), textwrap.indent(entry.doc, "  "), _parameters(entry), _example(entry)]
+    return "\n\n".join(block for block in blocks if block)
+
+
+def _parameters(entry: Entry) -> str:
+    if not entry.schema.model_fields:
+        return "  no parameters"
+    rows = ["  parameters"]
+    for name, field in entry.schema.model_fields.items():
+        default = "required" if field.default is PydanticUndefined else f"default {field.default!r}"
+        bounds = " and ".join(text for m in field.metadata for text in _bounds(m))
+        rows.append(f"    {name}: {_type(field.annotation)}{f' ({bounds})' if bounds else ''}, {default}")
+    return "\n".join(rows)
+
+
+def _type(annotation: Any) -> str:
+    """Return a type as a student would write it."""
+    origin, inside = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Annotated:
+        bounds = " and ".join(text for m in inside[1:] for text in _bounds(m))
+        return _type(inside[0]) + (f" ({bounds})" if bounds else "")
+    if origin is Literal:
+        return " | ".join(repr(v) for v in inside)
+    if origin in (typing.Union, types.UnionType):
+        return " | ".join(_type(a) for a in inside if a is not type(None))
+    if origin is not None:
+        return f"{origin.__name__}[{', '.join(_type(a) for a in inside)}]"
+    return getattr(annotation, "__name__", str(annotation))
+
+
+def _bounds(metadata: Any) -> list[str]:
+    signs = (("gt", ">"), ("ge", "≥"), ("lt", "<"), ("le", "≤"))
+    own = [f"{sign} {getattr(metadata, key)}" for key, sign in signs if getattr(metadata, key, None) is not None]
+    return own + [text for m in getattr(metadata, "metadata", ()) for text in _bounds(m)]
+
+
+def _example(entry: Entry) -> str:
+    from fedtrust.scenario_toml import value
+
+    params = {n: f.default for n, f in entry.schema.model_fields.items() if f.default not in (None, PydanticUndefined)}
+    try:
+        flat = value({"name": entry.name, **params})
+        given = value(params)
+    except TypeError:
+        return ""
+    lines: dict[Kind, str] = {
+        "filter": f"[strategy]\nfilters = [{flat}]",
+        "aggregator": f"[strategy]\naggregator = {flat}",
+        "step": f"[strategy]\nsteps = [{flat}]",
+        "probe": "[[probes]]\n" + "\n".join(f"{k} = {value(v)}" for k, v in {"name": entry.name, **params}.items()),
+        "model": f"model = {flat}",
+        "loss": f"[clients]\ntrain = {{ loss = {flat} }}",
+        "optimiser": f"[clients]\ntrain = {value({'optimiser': entry.name, **params})}",
+        "source": f"[data]\nsource = {flat}",
+        "partition": f"[data]\npartition = {value({'kind': entry.name, **params})}",
+        "feature-skew": f"[data]\nfeature_skew = {value({'kind': entry.name, **params})}",
+    }
+    attacker = f'[[attackers]]\nbehaviour = "{entry.name}"\nshare = 0.2\nparams = {given}'
+    honest = f"[clients]\nbehaviour = {flat}"
+    text = lines.get(entry.kind) or (honest if entry.meta.get("role") == "honest" else attacker)
+    return "  in a scenario\n" + textwrap.indent(text, "    ")

@@ -1,0 +1,96 @@
+"""The tables of attack × strategy: who won, accuracy, attack success."""
+
+from __future__ import annotations
+
+from statistics import fmean, stdev
+from typing import Any
+
+from fedtrust.report import verdict
+from fedtrust.report.load import Cell, Matrix
+from fedtrust.report.parts import is_share, metric_title, shown
+
+OUTCOMES: dict[verdict.Outcome, tuple[str, str, int]] = {  # sign, word, heat
+    "won": ("▲", "attack won", 9),
+    "partial": ("◆", "partly held", 4),
+    "held": ("●", "held", 1),
+    "unknown": ("–", "not judged", 0),
+}
+
+
+def heat_maps(matrix: Matrix) -> list[dict[str, Any]]:
+    """Lay out attack × strategy for every partition: who won, accuracy, attack success, or the loss where nothing else is known."""
+    summary = matrix.summary
+    have = {name for cell in summary.cells for name, value in cell.metrics.items() if value is not None}
+    maps = []
+    for partition in summary.axes.partitions:
+        fights = {(d.attack, d.strategy): d for d in verdict.duels(summary) if d.partition == partition}
+        judged = any(d.outcome != "unknown" for d in fights.values() if not verdict.is_none(d.attack, summary.threats))
+        tables = [_outcomes(matrix, fights)] if judged else []
+        metrics = [name for name in (verdict.ACCURACY, verdict.SUCCESS) if name in have] or [
+            name for name in (verdict.LOSS,) if name in have
+        ]
+        tables += [_heat(matrix, partition, metric) for metric in metrics]
+        maps.append({"title": partition if len(summary.axes.partitions) > 1 else "", "tables": tables})
+    return [entry for entry in maps if entry["tables"]]
+
+
+def _outcomes(matrix: Matrix, fights: dict[tuple[str, str], verdict.Duel]) -> dict[str, Any]:
+    axes = matrix.summary.axes
+    rows = []
+    for attack in axes.attackers:
+        if verdict.is_none(attack, matrix.summary.threats):
+            continue
+        cells = []
+        for strategy in axes.strategies:
+            duel = fights.get((attack, strategy))
+            sign, word, heat = OUTCOMES[duel.outcome if duel else "unknown"]
+            failed = duel is not None and duel.seeds == 0
+            cells.append({"value": sign, "note": "failed" if failed else word, "heat": heat, "failed": failed, "hint": ""})
+        rows.append({"name": attack, "cells": cells})
+    won = f"a success of {100 * verdict.SUCCESS_WON:.0f} % or {100 * verdict.COST_WON:.0f} points of accuracy lost, or more"
+    held = f"at most {100 * verdict.SUCCESS_HELD:.0f} % and {100 * verdict.COST_HELD:.0f} points"
+    note = f"Attack won: {won}. Held: {held}. Compared with the same strategy without an attack."
+    return {"title": "Who won", "columns": axes.strategies, "rows": rows, "note": note, "scale": []}
+
+
+def _heat(matrix: Matrix, partition: str, metric: str) -> dict[str, Any]:
+    summary, share = matrix.summary, is_share(metric)
+    groups: dict[tuple[str, str], list[Cell]] = {}
+    for cell in summary.cells:
+        if cell.partitions == partition:
+            groups.setdefault((cell.attackers, cell.strategies), []).append(cell)
+    values = [value for cells in groups.values() if (value := verdict.mean(cells, metric)) is not None]
+    low, high = (0.0, 1.0) if share else (min(values, default=0.0), max(values, default=1.0))
+    better_high = metric == verdict.ACCURACY
+    rows = []
+    for attack in summary.axes.attackers:
+        cells = [_heat_cell(groups.get((attack, strategy), []), metric, (low, high), better_high) for strategy in summary.axes.strategies]
+        if metric != verdict.SUCCESS or any(cell["value"] != "–" for cell in cells):
+            none = verdict.is_none(attack, summary.threats)
+            rows.append({"name": "no attack" if none else attack, "cells": cells})
+    ends = (high, low) if better_high else (low, high)
+    unit = {verdict.ACCURACY: "share of test samples", verdict.SUCCESS: "share of attacked inputs"}.get(metric, "")
+    spread = "± is the standard deviation over the seeds. " if len(summary.axes.seeds) > 1 else ""
+    note = f"{spread}{'Higher is better for the defender.' if better_high else 'Lower is better for the defender.'}"
+    title = f"{metric_title(metric)}{f' ({unit}, %)' if share else ''}"
+    return {
+        "title": title,
+        "columns": summary.axes.strategies,
+        "rows": rows,
+        "note": note,
+        "scale": [shown(metric, end).replace(".0 %", " %") for end in ends],
+    }
+
+
+def _heat_cell(cells: list[Cell], metric: str, ends: tuple[float, float], better_high: bool) -> dict[str, Any]:
+    known = [value for cell in cells if cell.ok and (value := cell.metrics.get(metric)) is not None]
+    broken = [cell for cell in cells if not cell.ok]
+    why = "; ".join(f"seed {cell.seed}: {cell.why or cell.status}" for cell in broken)[:300]
+    if not known:
+        return {"value": "–", "note": broken[0].status if broken else "", "heat": 0, "failed": bool(broken), "hint": why}
+    share = (fmean(known) - ends[0]) / ((ends[1] - ends[0]) or 1.0)
+    bad = min(max(1 - share if better_high else share, 0.0), 1.0)
+    notes = [f"± {shown(metric, stdev(known)).removesuffix(' %')}"] if len(known) > 1 else []
+    notes += [f"{len(broken)} of {len(cells)} failed"] if broken else []
+    printed = f"{100 * fmean(known):.1f}" if is_share(metric) else shown(metric, fmean(known))
+    return {"value": printed, "note": ", ".join(notes), "heat": int(10 * bad + 1e-9), "failed": False, "hint": why}

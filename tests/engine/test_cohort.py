@@ -1,0 +1,153 @@
+"""Local training: the three paths agree, schedules are what they say, one client's fault is nobody else's."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from fedtrust.client import Behaviour, ClientMemory, Predict, View
+from fedtrust.engine import seeds
+from fedtrust.engine.cohort import Chunk, ClientTask, Trained, choose_path, schedule, train
+from fedtrust.engine.world import World
+from fedtrust.registry import REGISTRY
+from fedtrust.scenario import Scenario
+from fedtrust.setup import build
+
+
+def chunk_of(world: World, behaviour: Behaviour, clients: int = 5) -> Chunk:
+    params = world.layout.vector(world.module)
+    tasks = tuple(ClientTask(c, behaviour, behaviour.remember(world.layout.size), c, clients) for c in range(clients))
+    return Chunk(1, params, {}, tasks)
+
+
+def on_path(world: World, path: Any, chunk: Chunk) -> Trained:
+    return train(dataclasses.replace(world, path=path), chunk)
+
+
+def by_client(result: Trained) -> Tensor:
+    assert not result.faults
+    order = np.argsort(result.clients)
+    return result.updates[torch.from_numpy(order)]
+
+
+@pytest.mark.parametrize("model", ["logistic", "mlp", "cnn", "cnn-large", "resnet18"])
+def test_paths_agree_for_every_model(small: Callable[..., Scenario], model: str) -> None:
+    slow = model in ("cnn-large", "resnet18")
+    data = {"source": {"name": "mnist5k" if model == "cnn-large" else "digits", "limit": 60 if slow else 200}}
+    world = build(small(model=model, data=data, clients={"count": 5, "train": {"momentum": 0.9, "lr": 0.05}})).world
+    chunk = chunk_of(world, REGISTRY.make("behaviour", "honest"), 2 if slow else 5)
+    reference = by_client(on_path(world, "loop", chunk))
+    assert reference.norm(dim=1).min() > 1e-3
+    for path in ("vmap", "fused"):
+        torch.testing.assert_close(by_client(on_path(world, path, chunk)), reference, atol=1e-5, rtol=1e-4)
+
+
+def test_the_loop_is_plain_pytorch(small: Callable[..., Scenario]) -> None:
+    """The reference itself against ten lines of PyTorch on the same batches."""
+    world = build(small(model="mlp", clients={"train": {"momentum": 0.9, "epochs": 2}})).world
+    result = on_path(world, "loop", chunk_of(world, REGISTRY.make("behaviour", "honest"), 1))
+    x, y = world.data.client(0)
+    module = world.module
+    start = world.layout.vector(module)
+    optimiser = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
+    for batch in torch.from_numpy(schedule(len(x), 16, 2, seeds.stream(world.seed, "batches", 1, 0))):
+        optimiser.zero_grad()
+        torch.nn.functional.cross_entropy(module(x[batch]), y[batch]).backward()
+        optimiser.step()
+    torch.testing.assert_close(result.updates[0], world.layout.vector(module) - start, atol=1e-6, rtol=1e-5)
+
+
+def test_batched_training_is_the_same_in_any_chunk(small: Callable[..., Scenario]) -> None:
+    world = build(small(model="cnn")).world
+    honest = REGISTRY.make("behaviour", "honest")
+    together = by_client(on_path(world, "vmap", chunk_of(world, honest, 4)))
+    alone = by_client(on_path(world, "vmap", chunk_of(world, honest, 1)))
+    torch.testing.assert_close(together[:1], alone, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("n", "batch", "epochs"), [(10, 5, 1), (11, 5, 1), (3, 8, 1), (7, 4, 3), (1, 4, 2)])
+def test_schedule(n: int, batch: int, epochs: int) -> None:
+    rows = schedule(n, batch, epochs, seeds.stream(0, "batches", 1, 1))
+    assert rows.shape == (math.ceil(epochs * n / batch), batch)
+    counts = np.bincount(rows.ravel(), minlength=n)
+    assert counts.min() >= epochs  # every sample is seen in every pass …
+    assert counts.max() - counts.min() <= 1  # … and filling up is even
+    assert np.array_equal(rows, schedule(n, batch, epochs, seeds.stream(0, "batches", 1, 1)))
+    if n > 3:
+        assert not np.array_equal(rows, schedule(n, batch, epochs, seeds.stream(0, "batches", 2, 1)))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fails(Behaviour):
+    """Raise for some clients only: in its data hook, or in a loss that not even its own chunk survives."""
+
+    hook: str = "poison"
+
+    def poison(self, x: Tensor, y: Tensor, view: View) -> tuple[Tensor, Tensor]:
+        if self.hook == "poison" and view.client == 1:
+            raise ValueError("no data for you")
+        return (x, y[:-1]) if self.hook == "lengths" and view.client == 1 else (x, y)
+
+    def loss(self, predict: Predict, x: Tensor, y: Tensor, view: View) -> Tensor:
+        if self.hook == "loss":
+            raise ValueError("lost")
+        return super().loss(predict, x, y, view)
+
+
+@pytest.mark.parametrize("path", ["loop", "vmap"])
+def test_a_raising_client_costs_only_itself(small: Callable[..., Scenario], path: str) -> None:
+    world = build(small()).world
+    good = on_path(world, path, chunk_of(world, Fails(hook="none"), 3))
+    for hook in ("poison", "lengths"):
+        bad = on_path(world, path, chunk_of(world, Fails(hook=hook), 3))
+        assert set(bad.faults) == {1}
+        assert "poison: ValueError" in bad.faults[1]
+        assert set(bad.clients) == {0, 2}
+        kept = [good.clients.index(c) for c in bad.clients]
+        torch.testing.assert_close(bad.updates, good.updates[kept], atol=1e-5, rtol=1e-4)
+    lost = on_path(world, path, chunk_of(world, Fails(hook="loss"), 3))
+    assert set(lost.faults) == {0, 1, 2}
+    assert lost.updates.shape == (0, world.layout.size)
+    assert "training: ValueError: lost" in lost.faults[2]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Anchored(Behaviour):
+    """Pull towards a vector that each client keeps: per-client memory inside a batched loss."""
+
+    def remember(self, size: int) -> ClientMemory:
+        return {"anchor": torch.zeros(size)}
+
+    def poison(self, x: Tensor, y: Tensor, view: View) -> tuple[Tensor, Tensor]:
+        view.memory["anchor"] = view.memory["anchor"] + float(view.client or 0)
+        return x, y
+
+    def loss(self, predict: Predict, x: Tensor, y: Tensor, view: View) -> Tensor:
+        return view.criterion(predict(x), y) + 0.01 * (predict.params - view.memory["anchor"]).square().sum()
+
+
+def test_memory_reaches_the_loss_and_comes_back(small: Callable[..., Scenario]) -> None:
+    world = build(small()).world
+    chunk = chunk_of(world, Anchored(), 4)
+    loop, batched = on_path(world, "loop", chunk), on_path(world, "vmap", chunk)
+    torch.testing.assert_close(by_client(batched), by_client(loop), atol=1e-5, rtol=1e-4)
+    for client, memory in zip(batched.clients, batched.memories, strict=True):
+        assert bool((memory["anchor"] == client).all())
+    assert not any(bool(t.memory["anchor"].any()) for t in chunk.tasks)  # the caller's copy is untouched
+
+
+def test_paths_are_chosen_by_model_and_loss(small: Callable[..., Scenario]) -> None:
+    honest, prox = REGISTRY.make("behaviour", "honest"), REGISTRY.make("behaviour", "fedprox")
+    plain = build(small(model="cnn")).world
+    assert choose_path(plain, honest) == "fused"
+    assert choose_path(plain, prox) == "vmap"
+    assert choose_path(dataclasses.replace(plain, path="fused"), prox) == "vmap"
+    assert choose_path(dataclasses.replace(plain, path="loop"), honest) == "loop"
+    assert choose_path(build(small(model="resnet18")).world, honest) == "loop"

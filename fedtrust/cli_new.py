@@ -34,8 +34,8 @@ def new(kind: str, name: str, folder: Path) -> str:
         _write({path: templates.SCENARIO.format(**words)})
         return f"wrote {path}\nrun it with:  {command}"
     wanted: Kind = "behaviour" if kind == "behaviour" else "aggregator"
-    if name in REGISTRY.names(wanted):
-        raise InputError(f"there is a {wanted} '{name}' already; choose another name", "NAME")
+    if any(e.name == name and e.kind == wanted and not e.plugin for e in REGISTRY):
+        raise InputError(f"{wanted} '{name}' comes with fedtrust already; choose another name", "NAME")
     code = templates.BEHAVIOUR if kind == "behaviour" else templates.AGGREGATOR
     scenario = templates.ATTACK_SCENARIO if kind == "behaviour" else templates.DEFENCE_SCENARIO
     file = folder / f"{module}.py"

@@ -69,11 +69,14 @@ def run(path: Path, how: How, overrides: Sequence[str], out: Path | None, allow_
     folder = claim(path.stem) if out is None else out
     try:
         return _play(how, lambda listener: runner.run(asked, folder, **_engine(how), listener=listener))
-    except InputError:
+    except (InputError, KeyboardInterrupt) as error:
         with contextlib.suppress(OSError):
             folder.rmdir()  # only if nothing was written
             folder.parent.rmdir() if out is None else None
-        raise
+        if isinstance(error, InputError):
+            raise
+        print("error: interrupted", file=sys.stderr)
+        return 130
 
 
 def resume(directory: Path, how: How, allow_plugins: Sequence[str]) -> int:

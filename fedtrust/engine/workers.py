@@ -187,6 +187,10 @@ class _Worker:
         """Take over a run."""
         self._world = world.on("cuda" if torch.cuda.is_available() else "cpu")
 
+    def pid(self) -> int:
+        """Return this worker's process id."""
+        return os.getpid()
+
     def train(self, params: Any, chunk: Chunk) -> tuple[Any, ...]:
         """Train a chunk; tensors travel as arrays, which Ray shares without a copy."""
         if self._world is None:

@@ -69,6 +69,7 @@ class Threat(_Record):
     share: Number = None
     rounds: Any = None
     params: Table = {}
+    goal: Text = ""  # what attack success counts, as in "triggered inputs go to class 2"; "" where the record does not say
 
 
 Threats = Annotated[list[Threat], _or_empty(list)]

@@ -105,7 +105,7 @@ def threat_card(threat: Threat, clients: int, assumed: float | None, malicious: 
     who = f"{len(threat.clients)} of {clients} clients" if clients else f"{len(threat.clients)} clients"
     share = f" ({_share(threat.share)})" if threat.share is not None else ""
     ids = ", ".join(map(str, threat.clients[:30])) + (", …" if len(threat.clients) > 30 else "")
-    params = ", ".join(f"{key} = {_short(value)}" for key, value in list(threat.params.items())[:30])
+    params = ", ".join(f"{key} = {_short(value)}" for key, value in list(threat.params.items())[:30] if value is not None)
     facts = [
         ("Role", threat.role),
         (
@@ -279,11 +279,13 @@ def _runs(rounds: list[int]) -> str:
 
 
 def command(folder: Folder) -> str:
-    """The command that repeats the run: as recorded, or from the resolved scenario that the folder holds."""
-    recorded = folder.environment.get("command")
-    return (
-        recorded if isinstance(recorded, str) and recorded else f"fedtrust run {shlex.quote(f'{folder.path.resolve().name}/scenario.toml')}"
-    )
+    """The command that repeats the run from the scenario in its folder, with the plugins and the data folder that it was allowed."""
+    words = ["fedtrust", "run", f"{folder.path.resolve().name}/scenario.toml"]
+    plugins, root = folder.environment.get("plugins"), folder.environment.get("data_root")
+    for name in plugins if isinstance(plugins, list) else []:
+        words += ["--allow-plugin", name] if isinstance(name, str) else []
+    words += ["--data-root", root] if isinstance(root, str) and root else []
+    return clipped(shlex.join(words), 2000)
 
 
 def scenario(folder: Folder) -> str:

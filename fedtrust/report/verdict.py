@@ -22,6 +22,7 @@ Outcome = Literal["won", "partial", "held", "unknown"]
 
 SUCCESS_WON, SUCCESS_HELD = 0.50, 0.10  # share of the attacked inputs
 COST_WON, COST_HELD = 0.10, 0.04  # accuracy, as a fraction: 0.10 is ten points
+LEARNT = 0.30  # below this without an attack, there is not much that an attack could break
 ACCURACY, SUCCESS, LOSS = "accuracy", "attack-success", "loss"
 
 _SEVERITY: dict[Outcome, int] = {"unknown": 0, "held": 1, "partial": 2, "won": 3}
@@ -140,7 +141,10 @@ def _few(names: list[str], limit: int = 6) -> str:
 
 
 def goal(threats: list[Threat]) -> str:
-    """Say what attack success means for these adversaries."""
+    """Say what attack success means for these adversaries: in their own words, or by what their parameters are called."""
+    named = {threat.goal for threat in threats if threat.goal}
+    if len(named) == 1:
+        return f"of the {named.pop()}"
     triggered = any(word in key for threat in threats for key in threat.params for word in ("trigger", "patch", "pattern"))
     targets = sorted({str(threat.params["target"]) for threat in threats if isinstance(threat.params.get("target"), int | str)})
     inputs = "triggered inputs" if triggered else "attacked inputs"
@@ -282,7 +286,7 @@ def _duel_sentence(attack: str, judged: list[Duel], threats: list[Threat]) -> st
 def _short(duel: Duel) -> str:
     if duel.success is not None and (duel.cost is None or duel.success >= duel.cost):
         return percent(duel.success)
-    return f"−{points(duel.cost or 0.0)}"
+    return f"−{points(duel.cost or 0.0)} of accuracy"
 
 
 def _unjudged(attack: str, group: list[Duel]) -> list[str]:
@@ -328,6 +332,11 @@ def _caveats(summary: MatrixSummary, fights: list[Duel], calm: list[Duel]) -> li
     if fights and not calm:
         said.append(
             "No cell was played without an attack, so what the attacks cost in accuracy cannot be said; only attack success is judged."
+        )
+    best = max((duel.accuracy for duel in calm if duel.accuracy is not None), default=None)
+    if fights and best is not None and best < LEARNT:
+        said.append(
+            f"Even without an attack the best rule reaches only {percent(best)}: the model has hardly learnt, and the verdict says little."
         )
     if broken := [cell for cell in summary.cells if not cell.ok]:
         which = _few(list(dict.fromkeys(f"{cell.attackers} against {cell.strategies}" for cell in broken)), 3)

@@ -252,6 +252,13 @@ def test_a_regression_run_has_only_a_loss(tmp_path: Path) -> None:
     assert "Loss by round" in found.words
 
 
+def test_the_command_allows_what_the_run_was_allowed(tmp_path: Path) -> None:
+    folder = sample.run(tmp_path / "my run", rounds=1)
+    sample.write_json(folder / "environment.json", {"plugins": ["mine.py:attack", 3], "data_root": "/data", "git": None})
+    expected = "fedtrust run 'my run/scenario.toml' --allow-plugin mine.py:attack --data-root /data"
+    assert expected in page(write(folder)).words
+
+
 def test_one_client(tmp_path: Path) -> None:
     assert "1 clients" in page(write(sample.run(tmp_path / "run", "none", "mean", clients=1))).words
 

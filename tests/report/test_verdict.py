@@ -69,6 +69,17 @@ def test_in_part() -> None:
     assert said[1] == "Backdoor gets part of its way against clip (30.0 %)."
 
 
+def test_a_model_that_has_not_learnt_is_no_evidence() -> None:
+    said = sentences(matrix({("none", "mean"): (0.19, None), ("flip", "mean"): (0.18, None)}))
+    assert any(sentence.startswith("Even without an attack the best rule reaches only 19.0 %") for sentence in said)
+
+
+def test_the_threats_own_words_for_its_goal() -> None:
+    threats = {"none": [], "trap": [{"behaviour": "trap", "goal": "poisoned questions get the wrong answer", "params": {"target": 2}}]}
+    said = sentences(matrix({("none", "mean"): (0.95, None), ("trap", "mean"): (0.95, 0.7)}, threats=threats))
+    assert said[1] == "Trap beats mean (70.0 % of the poisoned questions get the wrong answer, while accuracy stays at 95.0 %)."
+
+
 def test_without_a_cell_without_attack() -> None:
     said = sentences(matrix({("backdoor", "mean"): (0.94, 0.9), ("flip", "mean"): (0.6, None)}))
     assert said[0] == "Mean lost to backdoor."

@@ -1,0 +1,7 @@
+"""`python -m fedtrust` is the `fedtrust` command."""
+
+import sys
+
+from fedtrust.cli import main
+
+sys.exit(main())

@@ -65,14 +65,14 @@ def run(
 
     if (scenario is None) == (resume is None):
         raise click.UsageError("name a scenario file, or a folder with --resume")
-    how = cli_run.How(engine, workers, ray_address, quiet, plain)
+    how = cli_run.How(engine, workers, ray_address, quiet, plain, tuple(allow_plugin or ()))
     if resume is not None:
         for given, option in ((sets, "--set"), (out, "--out"), (data_root, "--data-root")):
             if given:
                 raise click.UsageError(f"{option} does not go with --resume: a run goes on as it began")
-        raise typer.Exit(cli_run.resume(resume, how, allow_plugin or []))
+        raise typer.Exit(cli_run.resume(resume, how))
     if scenario is not None:
-        raise typer.Exit(cli_run.run(scenario, how, sets or [], out, allow_plugin or [], data_root))
+        raise typer.Exit(cli_run.run(scenario, how, sets or [], out, data_root))
 
 
 @app.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ class How(NamedTuple):
     ray_address: str | None = None
     quiet: bool = False
     plain: bool = False
+    plugins: tuple[str, ...] = ()
 
 
 def unused(path: Path) -> Path:
@@ -54,7 +56,7 @@ def claim(stem: str) -> Path:
             return path
 
 
-def run(path: Path, how: How, overrides: Sequence[str], out: Path | None, allow_plugins: Sequence[str], data_root: str | None) -> int:
+def run(path: Path, how: How, overrides: Sequence[str], out: Path | None, data_root: str | None) -> int:
     """Play a scenario and return the exit code.
 
     Raises:
@@ -64,7 +66,7 @@ def run(path: Path, how: How, overrides: Sequence[str], out: Path | None, allow_
 
     if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError("exists already and is not empty; name another folder, or go on with --resume", str(out))
-    asked = scenario.load(path, overrides, allow_plugins, data_root)
+    asked = scenario.load(path, overrides, how.plugins, data_root)
     scenario.check(asked)
     folder = claim(path.stem) if out is None else out
     try:
@@ -79,13 +81,13 @@ def run(path: Path, how: How, overrides: Sequence[str], out: Path | None, allow_
         return 130
 
 
-def resume(directory: Path, how: How, allow_plugins: Sequence[str]) -> int:
+def resume(directory: Path, how: How) -> int:
     """Go on with a run and return the exit code."""
     from fedtrust import runner
 
     if not directory.is_dir():
         raise InputError("no such folder", str(directory))
-    return _play(how, lambda listener: runner.resume(directory, **_engine(how), listener=listener, allow_plugins=allow_plugins))
+    return _play(how, lambda listener: runner.resume(directory, **_engine(how), listener=listener, allow_plugins=how.plugins))
 
 
 def _engine(how: How) -> dict[str, Any]:
@@ -97,7 +99,8 @@ def _play(how: How, start: Callable[[Any], Any]) -> int:
         result = start(listener)
     screen = console.SafeConsole(highlight=False, soft_wrap=False)
     if result.status == "interrupted":
-        print(f"error: interrupted; go on with: fedtrust run --resume {result.directory}", file=sys.stderr)
+        grants = "".join(f" --allow-plugin {name}" for name in how.plugins)
+        print(f"error: interrupted; go on with: fedtrust run --resume {shlex.quote(str(result.directory))}{grants}", file=sys.stderr)
         return 130
     page = _report(result.directory)
     if how.quiet:

@@ -13,6 +13,7 @@ from fedtrust.client import KNOWLEDGE, Knowledge
 from fedtrust.errors import InputError
 from fedtrust.registry import REGISTRY, Entry, Kind, dotted
 from fedtrust.scenario import MAX_CELLS, AttackerSpec, ClientsSpec, DataSpec, Origin, Ref, Scenario, StrategySpec, SweepSpec, TrainSpec
+from fedtrust.scenario_toml import value
 from fedtrust.server import PipelineFacts, assumed_count
 
 
@@ -77,8 +78,11 @@ def _checked(entry: Entry, params: dict[str, Any], where: str) -> dict[str, Any]
     try:
         checked = entry.check(params)
         entry.make(checked)  # a class may have more to say than its fields' types
+        value(checked)
     except InputError as error:
         raise error.at(where) from None
+    except TypeError as error:
+        raise InputError(f"a parameter of '{entry.name}' cannot be written to a file: {error}", where) from None
     return checked
 
 

@@ -74,6 +74,8 @@ class Document:
             where = f"--set {key.strip() or text}"
             if not equals or not key.strip():
                 raise InputError("should read KEY=VALUE, for instance clients.count=10", where)
+            if not text.isprintable() and any(0xD800 <= ord(c) < 0xE000 for c in text):
+                raise InputError("is not UTF-8 text", where)
             keys = _split_key(key.strip(), where)
             parsed = _value(value.strip(), where)
             _refuse_odd({"": parsed}, where)

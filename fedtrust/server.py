@@ -182,7 +182,7 @@ class Pipeline:
             if verdict.state is not None:
                 new[stage.place] = dict(verdict.state)
             if verdict.trust is not None:
-                spread = verdict.trust.detach().float()[row_of]
+                spread = verdict.trust.detach().float().clamp(max=1.0)[row_of]
                 trust = spread if trust is None else trust * spread
             ctx = replace(ctx, bound=verdict.bound if verdict.bound is not None else ctx.bound)
             if verdict.members is not None:
@@ -216,8 +216,29 @@ def _check(stage: Stage, verdict: Verdict, given: Tensor, size: int, *, rows: bo
         raise RunError(f"{who} returned a value that is not finite")
     if rows and verdict.members is None and len(value) != len(given):
         raise RunError(f"{who} turned {len(given)} rows into {len(value)} without saying which went where (Verdict.members)")
-    if verdict.trust is not None and (given.dim() != 2 or verdict.trust.shape != (len(given),)):
-        raise RunError(f"{who} returned trust of shape {list(verdict.trust.shape)}, expected one value a row")
+    _check_rows(who, verdict, given, rows=rows)
+    for name, kept in (verdict.state or {}).items():
+        if not isinstance(kept, Tensor):
+            raise RunError(f"{who} returned state '{name}' as {type(kept).__name__}, not a tensor")
+
+
+def _check_rows(who: str, verdict: Verdict, given: Tensor, *, rows: bool) -> None:
+    """Refuse trust and members that do not say one thing about each row that came in."""
+    trust, members = verdict.trust, verdict.members
+    if trust is not None:
+        if not isinstance(trust, Tensor):
+            raise RunError(f"{who} returned trust as {type(trust).__name__}, not a tensor")
+        if given.dim() != 2 or trust.shape != (len(given),):
+            raise RunError(f"{who} returned trust of shape {list(trust.shape)}, expected one value a row")
+        if not bool(((trust >= 0) & (trust <= 1 + 1e-6)).all()):
+            raise RunError(f"{who} returned trust that is not between 0 and 1")
+    if members is not None:
+        if not rows:
+            raise RunError(f"{who} returned members, which only a filter may")
+        if not isinstance(members, Tensor) or members.dtype != torch.int64 or members.shape != (len(given),):
+            raise RunError(f"{who} returned members that are not {len(given)} integers (int64), one a row")
+        if not bool(((members >= 0) & (members < len(verdict.value))).all()):
+            raise RunError(f"{who} returned members that are no row of the {len(verdict.value)} it made")
 
 
 def _merged(ctx: AggContext, members: Tensor, m: int) -> AggContext:

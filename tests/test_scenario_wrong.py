@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import random
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from fedtrust.cli import main
+from fedtrust.errors import InputError
+from fedtrust.scenario import Scenario, load, parse
 
 GOOD = """\
 title = "a test"
@@ -254,3 +258,53 @@ def test_every_line_names_a_place_once(folder: Path, capsys: pytest.CaptureFixtu
     assert refused(capsys, folder, "s.toml") == (
         "error: s.toml:13: clients.cuont: unknown key 'cuont' (keys: behaviour, count, per_round, quorum, train); did you mean 'count'?\n"
     )
+
+
+def test_a_spoilt_file_is_refused_or_read_never_more(folder: Path) -> None:
+    pieces = [
+        '"',
+        "'",
+        "[",
+        "]",
+        "{",
+        "}",
+        "=",
+        ".",
+        ",",
+        "\n",
+        "#",
+        "-1",
+        "nan",
+        "true",
+        "[]",
+        "{}",
+        '"""',
+        "\\",
+        "9" * 30,
+        "name",
+        "é",
+        "\0",
+    ]
+    chance = random.Random(7)
+    read = 0
+    for _ in range(400):
+        text = GOOD
+        for _ in range(chance.randint(1, 3)):
+            at = chance.randrange(len(text))
+            text = text[:at] + chance.choice(pieces) + text[at + chance.choice([0, 0, 1, 3, 10]) :]
+        (folder / "s.toml").write_text(text, encoding="utf-8")
+        made, said = attempt("s.toml")
+        assert (made is None) == said.startswith("s.toml"), said
+        assert "\n" not in said
+        if made is not None:
+            read += 1
+            assert parse(tomllib.loads(made.resolved_toml())) == made
+    assert 0 < read < 200
+
+
+def attempt(name: str) -> tuple[Scenario | None, str]:
+    """Return the scenario, or why there is none."""
+    try:
+        return load(name), ""
+    except InputError as error:
+        return None, str(error)

@@ -37,6 +37,7 @@ class LocalExecutor:
     """Workers are threads of this process; tensor operations release Python's lock."""
 
     def __init__(self, workers: int | None = None) -> None:
+        threads.keep_memory()
         self.workers = workers or threads.cores()
         self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix="fedtrust", initializer=torch.set_num_threads, initargs=(1,))
         self._world: World | None = None
@@ -180,6 +181,7 @@ class _Worker:
     """The actor's class: holds the world, trains chunks."""
 
     def __init__(self) -> None:
+        threads.keep_memory()
         torch.set_num_threads(1)
         self._world: World | None = None
 

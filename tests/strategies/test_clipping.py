@@ -5,10 +5,10 @@ import statistics
 
 import pytest
 import torch
-from rules_kit import context, facts, normal, verdict
 from torch import Tensor
 
 from fedtrust.registry import REGISTRY
+from tests.strategies.rules_kit import context, facts, normal, verdict
 
 
 def brute_clip(rows: Tensor, limit: float) -> list[list[float]]:

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from rules_kit import context, verdict
 from torch import Tensor
+
+from tests.strategies.rules_kit import context, verdict
 
 Rule = Callable[[float, float, float], float]
 

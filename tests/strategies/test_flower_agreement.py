@@ -20,11 +20,11 @@ from typing import Any
 import pytest
 import torch
 from flwr.app import ConfigRecord, Message, RecordDict
-from rules_kit import context, normal, verdict
 from torch import Tensor
 
 from fedtrust.engine import flower
 from fedtrust.layout import Layout
+from tests.strategies.rules_kit import context, normal, verdict
 
 LAYOUT = Layout(("a.weight", "a.bias", "b.weight"), ((4, 3), (4,), (2, 4)))
 D = LAYOUT.size

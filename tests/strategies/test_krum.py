@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from rules_kit import normal, refusal, verdict
 from torch import Tensor
 
 from fedtrust.strategies import krum as module
 from fedtrust.strategies.krum import krum_scores, squared_distances
+from tests.strategies.rules_kit import normal, refusal, verdict
 
 
 def brute_scores(rows: Tensor, neighbours: int) -> list[float]:

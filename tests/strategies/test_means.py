@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
-from rules_kit import context, normal, verdict
 from torch import Tensor
+
+from tests.strategies.rules_kit import context, normal, verdict
 
 
 def brute_weighted_mean(rows: Tensor, weights: list[float]) -> list[float]:

@@ -5,11 +5,11 @@ import statistics
 
 import pytest
 import torch
-from rules_kit import normal, refusal, verdict
 from torch import Tensor
 
 from fedtrust.errors import InputError
 from fedtrust.strategies import order
+from tests.strategies.rules_kit import normal, refusal, verdict
 
 
 def brute_median(rows: Tensor) -> list[float]:

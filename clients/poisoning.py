@@ -55,8 +55,8 @@ class LabelFlip(Behaviour):
     def _flipped(self, y: Tensor, task: Task, rng: torch.Generator | None) -> Tensor:
         if self.mode == "mirror":
             return task.classes - 1 - y
-        if self.mode == "targeted":
-            return torch.where(y == self.source, self.target or 0, y)
+        if self.source is not None and self.target is not None:
+            return y.masked_fill(y.eq(self.source), self.target)
         shift = torch.randint(1, task.classes, y.shape, generator=rng).to(y.device)
         return (y + shift) % task.classes
 

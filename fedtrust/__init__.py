@@ -1,1 +1,56 @@
-"""fedtrust: an attack and defence simulator for federated learning."""
+"""fedtrust: an attack and defence simulator for federated learning.
+
+What an attack, a defence or a probe needs can be imported from here; it is loaded when it is asked for, so that the command line starts
+at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fedtrust.client import Behaviour, Predict, Reply, View, behaviour
+    from fedtrust.data.base import Task
+    from fedtrust.probes.base import Artefact, ProbeContext, probe
+    from fedtrust.scenario import Scenario, load, parse
+    from fedtrust.server import AggContext, PipelineFacts, Verdict, aggregator, server_filter, step
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "fedtrust.client": ("Behaviour", "Predict", "Reply", "View", "behaviour"),
+    "fedtrust.data.base": ("Task",),
+    "fedtrust.probes.base": ("Artefact", "ProbeContext", "probe"),
+    "fedtrust.scenario": ("Scenario", "load", "parse"),
+    "fedtrust.server": ("AggContext", "PipelineFacts", "Verdict", "aggregator", "server_filter", "step"),
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "AggContext",
+    "Artefact",
+    "Behaviour",
+    "PipelineFacts",
+    "Predict",
+    "ProbeContext",
+    "Reply",
+    "Scenario",
+    "Task",
+    "Verdict",
+    "View",
+    "__version__",
+    "aggregator",
+    "behaviour",
+    "load",
+    "parse",
+    "probe",
+    "server_filter",
+    "step",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'fedtrust' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)

@@ -113,7 +113,7 @@ class Behaviour:
         return None
 
     def remember(self, size: int) -> ClientMemory:
-        """Return the client's memory before its first round, for a model of `size` parameters; the names and shapes are fixed from then on."""
+        """Return the client's memory before its first round, for a model of `size` parameters; names and shapes stay as they are here."""
         return {}
 
     def poison(self, x: Tensor, y: Tensor, view: View) -> tuple[Tensor, Tensor]:
@@ -184,6 +184,6 @@ def behaviour(
         made.role = role
         made.needs_knowledge = knowledge
         REGISTRY.add("behaviour", name, made, role=role, knowledge=knowledge, paper=paper, **meta)
-        return made
+        return made  # type: ignore[return-value]  # dataclass() keeps the class
 
     return decorate

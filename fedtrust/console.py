@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -16,60 +16,22 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from fedtrust.listener import SilentListener
+
 #: So many of the last rounds are shown, and so many rows of a matrix.
 ROUNDS_SHOWN, ROWS_SHOWN = 8, 14
 #: More columns of a matrix do not fit into 80 characters.
 COLUMNS_SHOWN = 5
 
 
-class Listener(Protocol):
-    """Is told by the runner how it goes."""
-
-    def matrix_started(self, cells: list[str], rounds: int) -> None:
-        """The cells that will be played (one for a single run), each of so many rounds."""
-
-    def cell_started(self, name: str, labels: Mapping[str, Any], rounds: int, done_rounds: int) -> None:
-        """A cell begins, or goes on after `done_rounds` rounds."""
-
-    def round_done(self, name: str, record: Mapping[str, Any]) -> None:
-        """A round is over; `record` is its line of `rounds.jsonl`."""
-
-    def cell_done(self, name: str, summary: Mapping[str, Any]) -> None:
-        """A cell is over; also told, without `cell_started`, of a cell that a resume finds finished."""
-
-    def finished(self, summary: Mapping[str, Any]) -> None:
-        """Everything is over."""
-
-    def note(self, text: str) -> None:
-        """Something worth a line."""
-
-
-class QuietListener:
-    """Says nothing."""
+class QuietListener(SilentListener):
+    """Says nothing; opened and closed like the ones that do."""
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         return None
-
-    def matrix_started(self, cells: list[str], rounds: int) -> None:
-        """See `Listener`."""
-
-    def cell_started(self, name: str, labels: Mapping[str, Any], rounds: int, done_rounds: int) -> None:
-        """See `Listener`."""
-
-    def round_done(self, name: str, record: Mapping[str, Any]) -> None:
-        """See `Listener`."""
-
-    def cell_done(self, name: str, summary: Mapping[str, Any]) -> None:
-        """See `Listener`."""
-
-    def finished(self, summary: Mapping[str, Any]) -> None:
-        """See `Listener`."""
-
-    def note(self, text: str) -> None:
-        """See `Listener`."""
 
 
 class SafeConsole(Console):
@@ -97,7 +59,7 @@ class Tracker(QuietListener):
     """Keeps count: which cells are done, how far the present one is, how long the rest will take."""
 
     def __init__(self) -> None:
-        self.cells: list[str] = []
+        self.cells: Sequence[str] = []
         self.rounds = 0
         self.current = ""
         self.results: dict[str, Mapping[str, Any]] = {}
@@ -106,7 +68,7 @@ class Tracker(QuietListener):
         self._played = 0
         self._began = time.monotonic()
 
-    def matrix_started(self, cells: list[str], rounds: int) -> None:
+    def matrix_started(self, cells: Sequence[str], rounds: int) -> None:
         """See `Listener`."""
         self.cells, self.rounds = list(cells), rounds
         self._began = time.monotonic()
@@ -154,7 +116,7 @@ class PlainListener(Tracker):
     def _say(self, text: str) -> None:
         self._console.print(Text(text))
 
-    def matrix_started(self, cells: list[str], rounds: int) -> None:
+    def matrix_started(self, cells: Sequence[str], rounds: int) -> None:
         """See `Listener`."""
         super().matrix_started(cells, rounds)
         self._say(f"{len(cells)} run{'s' if len(cells) > 1 else ''} of {rounds} rounds")

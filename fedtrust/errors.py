@@ -40,8 +40,9 @@ class RunError(FedTrustError):
 
 def nearest(name: str, allowed: Iterable[str]) -> str:
     """Return `"; did you mean 'x'?"` for the allowed name closest to `name`, or `""`."""
-    match = difflib.get_close_matches(name.lower(), list(allowed), n=1, cutoff=0.5)
-    return f"; did you mean '{match[0]}'?" if match else ""
+    by_case = {known.lower(): known for known in allowed}
+    match = difflib.get_close_matches(name.lower(), list(by_case), n=1, cutoff=0.5)
+    return f"; did you mean '{by_case[match[0]]}'?" if match else ""
 
 
 def allowed_list(allowed: Iterable[str], limit: int = 12) -> str:

@@ -6,7 +6,6 @@ that it can never shadow another one; workers in other processes need it by valu
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import re
 import sys
@@ -123,9 +122,7 @@ def load_plugin(kind: Kind, spec: str, folder: Path, allowed: Sequence[str]) -> 
     found = components(module)
     for entry in found:
         if entry.kind == kind and wanted in (entry.name, entry.target.__qualname__):
-            named = dataclasses.replace(entry, name=spec)
-            REGISTRY._entries[kind, spec] = named
-            return named
+            return REGISTRY.alias(entry, spec)
     names = [f"{stem}:{e.name}" for e in found if e.kind == kind]
     known = allowed_list(names) if names else "none; is there a decorator above it?"
     raise InputError(f"{stem}.py registers no {kind} '{wanted}' (known: {known}){nearest(spec, names)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import platform
 import shutil
 import subprocess
@@ -38,7 +39,7 @@ def round_record(
 ) -> dict[str, Any]:
     """Return the line of `rounds.jsonl` for a round; `times` are the clock at its start and after each of its three parts."""
     losses = [r["loss"] for r in rows if r["fault"] is None and r["loss"] is not None]
-    train, aggregate, probe = (b - a for a, b in zip(times, times[1:], strict=False))
+    train, aggregate, probe = (after - before for before, after in itertools.pairwise(times))
     return {
         "round": number,
         "counted": not why,

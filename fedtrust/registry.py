@@ -7,6 +7,7 @@ defaults written there; nothing else is accepted, nothing is dropped silently.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import inspect
@@ -117,6 +118,12 @@ class Registry:
         entry = Entry(kind, name, target, _schema(kind, name, target), MappingProxyType(dict(meta)))
         self._entries[kind, name] = entry
         return entry
+
+    def alias(self, entry: Entry, name: str) -> Entry:
+        """Let a plugin's component be found by its full name `module:name` too; return that entry."""
+        named = dataclasses.replace(entry, name=name)
+        self._entries[entry.kind, name] = named
+        return named
 
     def load(self) -> None:
         """Import every module that registers built-in components (once)."""

@@ -24,7 +24,8 @@ from fedtrust.interrupt import stoppable
 from fedtrust.listener import Listener, SilentListener
 from fedtrust.probes.base import Artefact, ProbeContext, Truth, finite
 from fedtrust.runs import CLIENTS, ROUNDS, Checkpoint, RunDirectory, read_json, write_atomic
-from fedtrust.scenario import Cell, Scenario, load
+from fedtrust.scenario import Cell, Scenario
+from fedtrust.scenario_io import load_run
 from fedtrust.setup import Setup, build
 from fedtrust.strategy import FedTrustStrategy
 
@@ -94,7 +95,7 @@ def resume(
     if status == "finished":
         raise InputError("this run is finished; there is nothing to resume", str(path))
     environment = read_json(path / "environment.json")
-    scenario = load(path / "scenario.toml", allow_plugins=allow_plugins, data_root=environment.get("data_root"))
+    scenario = load_run(path, allow_plugins, environment.get("data_root"))
     return _play(scenario, RunDirectory(path), engine, workers, ray_address, listener or SilentListener())
 
 
@@ -104,7 +105,7 @@ def _play(scenario: Scenario, directory: RunDirectory, engine: str, count: int |
     with ExitStack() as stack:
         stack.enter_context(stoppable())
         try:
-            name, reason = workers.pick(engine, count, scenario.clients.cohort, address)
+            name, reason = workers.pick(engine, scenario.clients.cohort, address)
             executor = workers.make(name, count, address, scenario.engine.deadline, scenario.engine.retries)
             stack.callback(executor.close)
             directory.status("running")

@@ -24,7 +24,7 @@ class Verdict(NamedTuple):
 
     Attributes:
         value: filters: the rows [m, d]; aggregators and steps: the change of the model [d].
-        trust: how far each row that came in is trusted, [n] in [0, 1]: 0 = left out, 1 = fully used. `None` where a rule has no such notion.
+        trust: how far each row that came in is trusted, [n]: from 0, left out, to 1, fully used. `None` where a rule has no such notion.
         state: what the component wants back next round (tensors; saved in the checkpoint). `None` keeps the old one.
         members: filters that merge rows: for each row that came in the index of the row it went into, int64 [n].
         bound: filters that guarantee it: the largest L2 norm any row can have, fixed before the data was seen.
@@ -102,7 +102,7 @@ Needs = Callable[[PipelineFacts], str | None]
 
 
 def server_filter(name: str, *, needs: Needs | None = None, paper: str = "", **meta: Any) -> Callable[[Any], Any]:
-    """Register a filter `(updates [n, d], ctx, *, parameters) -> [m, d]`; see `aggregator`. `bounds=True`: it guarantees `Verdict.bound`."""
+    """Register a filter `(updates [n, d], ctx, *, parameters) -> [m, d]`; see `aggregator`. `bounds=True`: it gives a `bound`."""
     return register("filter", name, needs=needs, paper=paper, **meta)
 
 

@@ -17,8 +17,8 @@ from fedtrust.engine import flower
 from fedtrust.engine.roster import Group, Roster, recruit, recruits
 from fedtrust.engine.world import World
 from fedtrust.errors import InputError
-from fedtrust.probes.base import Goal, Probe
 from fedtrust.models.build import build as build_model
+from fedtrust.probes.base import Goal, Probe
 from fedtrust.registry import REGISTRY, Entry, Kind
 from fedtrust.scenario import Ref, Scenario
 from fedtrust.server import Pipeline, Stage, assumed_count
@@ -181,11 +181,20 @@ def threat_cards(setup: Setup) -> list[dict[str, Any]]:
                 "clients": list(group.members),
                 "share": len(group.members) / setup.roster.count,
                 "rounds": list(group.rounds),
+                "goal": next((_wanted(goal) for goal in setup.goals if goal.name == group.name), ""),
                 "params": _plain(spec.params),
             }
         )
     return cards
 
 
+def _wanted(goal: Goal) -> str:
+    """Return a goal in words, read off the inputs and labels it consists of."""
+    changed = goal.x.shape != goal.clean.shape or not torch.equal(goal.x, goal.clean)
+    what = "triggered inputs" if changed else "clean samples"
+    labels = goal.y.unique().tolist()
+    return f"{what} go to class {labels[0]}" if len(labels) == 1 else f"{what} go to other classes of the attacker's choice"
+
+
 def _plain(params: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: v if isinstance(v, str | int | float | bool | list | type(None)) else str(v) for k, v in params.items()}
+    return {k: v if isinstance(v, str | int | float | bool | list) else str(v) for k, v in params.items() if v is not None}

@@ -18,7 +18,7 @@ def squared_distances(updates: Tensor) -> Tensor:
     """
     n = len(updates)
     gram = torch.zeros(n, n, dtype=torch.float64)
-    for block in updates.split(_COLUMNS, dim=1):
+    for block in torch.split(updates, _COLUMNS, dim=1):
         wide = block.double()
         wide = wide - wide.median(dim=0).values
         gram += wide @ wide.T

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +37,9 @@ def small() -> Callable[..., Scenario]:
 
 
 @pytest.fixture(autouse=True)
-def _cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _no_data_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep the tests out of the user's data folder."""
     monkeypatch.delenv("FEDTRUST_DATA", raising=False)
-    yield
 
 
 @pytest.fixture

@@ -49,6 +49,7 @@ def strategy(**changes: Any) -> Row:
 
 
 NOISY: dict[str, Any] = {"rounds": 3}
+DIGITS28: dict[str, Any] = {"data": {"source": {"name": "mnist5k", "limit": 60}}}
 CLIP = {"name": "norm-clip", "max_norm": 0.1}
 REGRESSION = {"data": {"source": "diabetes", "partition": "iid"}, "probes": ["loss"], "clients": {"train": {"lr": 0.01, "loss": "mse"}}}
 
@@ -75,7 +76,7 @@ ROWS: dict[str, Row] = {
     "model/logistic": Row({"model": "logistic"}, {"model": "mlp"}),
     "model/mlp": Row({"model": "mlp"}),
     "model/cnn": Row({"model": "cnn"}),
-    "model/cnn-large": Row({"model": "cnn-large", "data": {"source": {"name": "mnist5k", "limit": 60}}}, {"data": {"source": {"name": "mnist5k", "limit": 60}}}),
+    "model/cnn-large": Row({"model": "cnn-large", **DIGITS28}, DIGITS28),
     "model/resnet18": Row({"model": "resnet18", "rounds": 1, "data": {"source": {"limit": 60}}}),
     "loss/cross-entropy": Row({"clients": {"train": {"loss": {"name": "cross-entropy", "label_smoothing": 0.2}}}}),
     "loss/gce": train(loss="gce"),
@@ -109,7 +110,11 @@ ROWS: dict[str, Row] = {
     "probe/client-accuracy": Row({"probes": ["client-accuracy"]}),
     "probe/attack-success": Row({"probes": ["attack-success"], "attackers": [{"behaviour": "label-flip", "count": 2}]}),
     "probe/detection": Row(
-        {"probes": ["detection"], "attackers": [{"behaviour": "sign-flip", "count": 2}], "strategy": {"aggregator": "krum", "assumed_malicious": 2}}
+        {
+            "probes": ["detection"],
+            "attackers": [{"behaviour": "sign-flip", "count": 2}],
+            "strategy": {"aggregator": "krum", "assumed_malicious": 2},
+        }
     ),
     "probe/trigger-examples": Row({"probes": ["trigger-examples"], "attackers": [{"behaviour": "badnets", "count": 2}]}),
 }
@@ -129,7 +134,7 @@ def scenario_of(changes: dict[str, Any]) -> dict[str, Any]:
     return document
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _played(document: str) -> tuple[str, dict[str, torch.Tensor], list[dict[str, Any]], str]:
     """Play a scenario once: SHA-256 of the model, the model, the records, and what artefacts it left."""
     with tempfile.TemporaryDirectory() as folder:

@@ -245,7 +245,7 @@ def _vmap_gradient(world: World, behaviour: Behaviour, view: View) -> Gradient:
     def client_loss(parameters: dict[str, Tensor], x: Tensor, y: Tensor, memory: ClientMemory) -> Tensor:
         return behaviour.loss(Predict(call, parameters, world.layout), x, y, views.in_loss(view, memory))
 
-    return vmap(grad_and_value(client_loss))  # type: ignore[no-any-return]
+    return vmap(grad_and_value(client_loss))
 
 
 def _fused_gradient(world: World) -> Gradient:

@@ -70,7 +70,7 @@ class LazyArray(Array):
         self.stype = _NPY
 
     @property
-    def data(self) -> bytes:  # type: ignore[override]
+    def data(self) -> bytes:
         """The array in NumPy's file format."""
         cached = self.__dict__.get("_data_bytes")
         if cached is None:
@@ -169,9 +169,7 @@ def stock_check(name: str, params: Mapping[str, Any]) -> type[Strategy]:
     """
     if name not in stock.__all__:
         known = [n for n in stock.__all__ if n not in _REFUSED]
-        raise InputError(
-            f"Flower has no strategy '{name}' (known: {allowed_list(known, 20)}){nearest(name, {k.lower(): k for k in known})}"
-        )
+        raise InputError(f"Flower has no strategy '{name}' (known: {allowed_list(known, 20)}){nearest(name, known)}")
     if name in _REFUSED:
         raise InputError(f"flwr:{name} cannot run here: {_REFUSED[name]}")
     strategy: type[Strategy] = getattr(stock, name)

@@ -37,7 +37,7 @@ class _Order(NamedTuple):
     task: ClientTask
 
 
-class CohortGrid(Grid):  # type: ignore[misc]
+class CohortGrid(Grid):
     """The simulated clients of one run, behind Flower's `Grid` interface.
 
     Attributes:

@@ -16,6 +16,9 @@ from fedtrust.engine.world import World
 from fedtrust.errors import InputError, RunError
 from fedtrust.interrupt import STOP
 
+#: Stands for the model in a chunk on its way to a worker; the model itself crosses once a round.
+_NO_PARAMS = torch.zeros(0)
+
 
 class Executor(Protocol):
     """Trains chunks, in any order, on any number of workers."""
@@ -136,7 +139,7 @@ class RayExecutor:
                 chunk = chunks[number]
                 if id(chunk.params) not in shared:
                     shared[id(chunk.params)] = self._ray.put(chunk.params.numpy())
-                call = self._actors[worker].train.remote(shared[id(chunk.params)], chunk._replace(params=None))
+                call = self._actors[worker].train.remote(shared[id(chunk.params)], chunk._replace(params=_NO_PARAMS))
                 running[call] = (number, worker)
             done, _ = self._ray.wait(list(running), num_returns=1, timeout=self._deadline)
             for future in done or list(running):  # nothing in time: every running chunk is past its deadline
@@ -227,7 +230,7 @@ def _register_plugins(ray: Any) -> None:
         ray.cloudpickle.register_pickle_by_value(module)
 
 
-def pick(engine: str, workers: int | None, clients: int, address: str | None) -> tuple[str, str]:
+def pick(engine: str, clients: int, address: str | None) -> tuple[str, str]:
     """Return the engine (`local` or `ray`) that `auto` means here, and why."""
     if engine != "auto":
         return engine, "asked for"

@@ -61,7 +61,7 @@ class World:
     def predict(self, params: Tensor, x: Tensor, batch: int = 512) -> Tensor:
         """Return the outputs [n, C] without gradients, a batch of samples at a time."""
         with torch.no_grad():
-            return torch.cat([self.model(params, part) for part in x.split(batch)]) if len(x) else self.model(params, x)
+            return torch.cat([self.model(params, part) for part in torch.split(x, batch)]) if len(x) else self.model(params, x)
 
     def examples(self, client: int) -> int:
         """Return the number of training samples a client has registered with the server."""

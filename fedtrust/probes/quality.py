@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
+from collections import Counter
+from collections.abc import Iterator
 from typing import Annotated
 
 import torch
@@ -11,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fedtrust.data.base import FederatedData
-from fedtrust.probes.base import Artefact, ProbeContext, Result, need, probe, share
+from fedtrust.probes.base import Artefact, Goal, ProbeContext, Result, need, probe, share
 
 
 @probe("accuracy", task="classification")
@@ -42,10 +44,13 @@ def client_accuracy(ctx: ProbeContext, *, share_worst: Annotated[float, Field(gt
     """Accuracy as the clients would feel it: mean, worst, and the mean of the worst `share_worst`.
 
     A client's accuracy is that on the test samples weighted by its own label distribution (and seen through its own feature skew, where
-    there is one): local hold-out sets of a few dozen samples would mostly measure noise.
+    there is one): local hold-out sets of a few dozen samples would mostly measure noise. Classes without test samples are left out, and
+    so are clients that have no other.
     """
     data = need(ctx.data, "the clients' data")
     each = _by_client(ctx, data).sort().values
+    if not len(each):
+        return {}
     worst = each[: max(1, round(share_worst * len(each)))]
     return {
         "client-accuracy/mean": float(each.mean()),
@@ -55,14 +60,17 @@ def client_accuracy(ctx: ProbeContext, *, share_worst: Annotated[float, Field(gt
 
 
 def _by_client(ctx: ProbeContext, data: FederatedData) -> Tensor:
-    """Return each client's accuracy [clients]."""
+    """Return the accuracy of each client that can be judged [clients]."""
     x, y = need(ctx.test, "the test samples")
-    counts = torch.from_numpy(data.label_counts()).double()  # [clients, classes]
-    mix = counts / counts.sum(1, keepdim=True)
+    tested = torch.bincount(y, minlength=ctx.task.classes) > 0  # [classes]
+    counts = torch.from_numpy(data.label_counts()).double() * tested  # [clients, classes]
+    some = counts.sum(1) > 0
+    mix = counts[some] / counts[some].sum(1, keepdim=True)
     if not data.skews:
         return mix @ _recalls(ctx.test_output, y, ctx.task.classes)
-    rows = [mix[i] @ _recalls(ctx.query(skew(x)), y, ctx.task.classes) for i, skew in enumerate(data.skews)]
-    return torch.stack(rows)
+    skews = [skew for skew, judged in zip(data.skews, some.tolist(), strict=True) if judged]
+    rows = [mix[i] @ _recalls(ctx.query(skew(x)), y, ctx.task.classes) for i, skew in enumerate(skews)]
+    return torch.stack(rows) if rows else torch.zeros(0)
 
 
 def _recalls(output: Tensor, y: Tensor, classes: int) -> Tensor:
@@ -71,15 +79,23 @@ def _recalls(output: Tensor, y: Tensor, classes: int) -> Tensor:
     return hits / torch.bincount(y, minlength=classes).clamp(min=1)
 
 
+def _goals(ctx: ProbeContext) -> Iterator[tuple[str, Goal]]:
+    """Yield the adversaries' goals, each under a name of its own: two groups may share a behaviour."""
+    seen: Counter[str] = Counter()
+    for goal in need(ctx.truth, "the ground truth").goals:
+        seen[goal.name] += 1
+        yield (goal.name if seen[goal.name] == 1 else f"{goal.name}-{seen[goal.name]}"), goal
+
+
 @probe("attack-success", task="classification")
 def attack_success(ctx: ProbeContext) -> Result:
     """Attack success rate: the share of the attacker's inputs that the model labels as he wants.
 
     For a backdoor these are triggered test images of other classes; for label flipping clean test samples and their flipped labels. With
-    several adversaries `attack-success` is the largest and each has its own entry. Absent when nobody has a goal.
+    several adversaries `attack-success` is the largest and each has its own entry, a second one of the same name with a number. Absent
+    when nobody has a goal.
     """
-    goals = need(ctx.truth, "the ground truth").goals
-    rates = {g.name: share(ctx.query(g.x).argmax(1) == g.y) for g in goals}
+    rates = {name: share(ctx.query(goal.x).argmax(1) == goal.y) for name, goal in _goals(ctx)}
     if not rates:
         return {}
     return {"attack-success": max(rates.values())} | ({f"attack-success/{n}": r for n, r in rates.items()} if len(rates) > 1 else {})
@@ -91,7 +107,7 @@ def trigger_examples(ctx: ProbeContext, *, count: Annotated[int, Field(ge=1, le=
     if not ctx.task.image:
         return {}
     found: dict[str, float | Artefact] = {}
-    for goal in need(ctx.truth, "the ground truth").goals:
+    for name, goal in _goals(ctx):
         pick = torch.linspace(0, max(0, len(goal.x) - 1), min(count, len(goal.x))).long()
         if not len(pick) or torch.equal(goal.x[pick], goal.clean[pick]):
             continue  # nothing to see: the attack leaves the pictures alone
@@ -99,9 +115,9 @@ def trigger_examples(ctx: ProbeContext, *, count: Annotated[int, Field(ge=1, le=
         images = []
         for i, row in enumerate(pick.tolist()):
             images.append({"png": png(goal.clean[row]), "label": f"clean → {_name(ctx, said[0][i])}"})
-            images.append({"png": png(goal.x[row]), "label": f"{goal.name} → {_name(ctx, said[1][i])}"})
+            images.append({"png": png(goal.x[row]), "label": f"{name} → {_name(ctx, said[1][i])}"})
         caption = "Test images, each beside the same image with the trigger; the arrow says what the final global model takes it for."
-        found[goal.name] = Artefact("images", f"The trigger of {goal.name}", caption, {"images": images})
+        found[name] = Artefact("images", f"The trigger of {name}", caption, {"images": images})
     return found
 
 

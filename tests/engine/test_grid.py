@@ -45,7 +45,7 @@ def final(scenario: Scenario, out: Path) -> tuple[str, dict[str, Any]]:
 def test_stock_strategies_run_and_learn(small: Small, tmp_path: Path, aggregator: Any) -> None:
     scenario = small(rounds=4, clients={"train": {"epochs": 3}}, strategy={"aggregator": aggregator, "assumed_malicious": 1})
     digest, summary = final(scenario, tmp_path / "a")
-    rounds = [line for line in (tmp_path / "a" / "rounds.jsonl").read_text().splitlines()]
+    rounds = (tmp_path / "a" / "rounds.jsonl").read_text().splitlines()
     assert len(rounds) == 5
     assert summary["metrics"]["accuracy"] > 0.2  # chance is 0.1
     assert digest == final(scenario, tmp_path / "b")[0]  # Flower draws its nodes from a global generator; the grid does not care

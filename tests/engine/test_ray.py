@@ -202,7 +202,7 @@ def test_engines_that_do_not_exist(engine: str, count: int, message: str) -> Non
 
 def test_auto_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     def pick(**changes: Any) -> tuple[str, str]:
-        return workers.pick("auto", None, changes.get("clients", 10), changes.get("address"))
+        return workers.pick("auto", changes.get("clients", 10), changes.get("address"))
 
     monkeypatch.setattr(workers.torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(workers.threads, "cores", lambda: 2)

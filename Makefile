@@ -1,0 +1,37 @@
+# `make demo` and `make test` install everything they need into .venv (Python 3.11 or newer).
+PYTHON ?= python3
+BIN    := .venv/bin
+STAMP  := .venv/.installed
+
+.PHONY: help install demo lint test test-all bench clean
+
+help:  ## what there is
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "fedtrust needs Python 3.11 or newer; try: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $(STAMP)
+
+install: $(STAMP)  ## make .venv and install the project with one pip command
+
+demo: $(STAMP)  ## play scenarios/quickstart.toml: two attacks, three server rules, a report
+	$(BIN)/fedtrust run scenarios/quickstart.toml
+
+lint: $(STAMP)  ## ruff and mypy --strict
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: $(STAMP)  ## the tests (about five minutes on two cores)
+	$(BIN)/python -m pytest
+
+test-all: $(STAMP)  ## the slow tests as well
+	$(BIN)/python -m pytest -m "not gpu"
+
+bench: $(STAMP)  ## seconds a round, side by side with Flower's own engine
+	$(BIN)/python -m bench.rounds
+
+clean:  ## remove what was built, not what was run
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

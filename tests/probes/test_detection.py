@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from sklearn.metrics import precision_score, recall_score, roc_auc_score
+
+from fedtrust.probes.detection import auc
+from tests.probes.probe_kit import context, measure, truth
+
+
+def detect(trust: list[float] | None, malicious: set[int], clients: tuple[int, ...] | None = None, **params: float) -> dict[str, float]:
+    """The probe over clients 0, 1, 2 … with this trust."""
+    values = None if trust is None else torch.tensor(trust)
+    named = tuple(range(len(trust or []))) if clients is None else clients
+    return measure("detection", context(trust=values, clients=named, truth=truth(*malicious)), **params)
+
+
+def test_by_hand() -> None:
+    """Distrusted: 0, 2, 3; malicious: 0, 1, 2. Of nine pairs 0 and 2 win all three of theirs, 1 beats 4 and ties with 5: 7.5 of 9."""
+    found = detect([0.0, 0.9, 0.1, 0.4, 1.0, 0.9], {0, 1, 2})
+    assert found == {
+        "detection/precision": pytest.approx(2 / 3),
+        "detection/recall": pytest.approx(2 / 3),
+        "detection/fpr": pytest.approx(1 / 3),
+        "detection/auc": pytest.approx(7.5 / 9),
+    }
+
+
+def test_trust_equal_to_the_threshold_is_trust() -> None:
+    assert detect([0.5, 0.5], {0})["detection/recall"] == 0.0
+    assert detect([0.5, 0.5], {0}, threshold=0.6)["detection/recall"] == 1.0
+    assert detect([0.99, 1.0], {0}, threshold=1.0) == {
+        "detection/precision": 1.0,
+        "detection/recall": 1.0,
+        "detection/fpr": 0.0,
+        "detection/auc": 1.0,
+    }
+
+
+def test_nobody_is_distrusted() -> None:
+    assert detect([1.0, 1.0, 1.0], {1}) == {"detection/recall": 0.0, "detection/fpr": 0.0, "detection/auc": 0.5}
+
+
+def test_nobody_is_malicious() -> None:
+    assert detect([0.0, 1.0, 1.0, 1.0], set()) == {"detection/fpr": 0.25}
+    assert detect([0.0, 1.0, 1.0, 1.0], {77}) == {"detection/fpr": 0.25}  # the attacker was not among the replies
+
+
+def test_everybody_is_malicious() -> None:
+    assert detect([0.0, 1.0], {0, 1}) == {"detection/recall": 0.5, "detection/precision": 1.0}
+
+
+def test_a_rule_without_trust_detects_nothing() -> None:
+    assert detect(None, {0}) == {}
+    assert detect([], {0}) == {}
+
+
+def test_rows_are_matched_by_client_id() -> None:
+    assert detect([0.0, 1.0, 1.0], {9}, clients=(9, 20, 31))["detection/recall"] == 1.0
+    assert detect([0.0, 1.0, 1.0], {31}, clients=(9, 20, 31))["detection/recall"] == 0.0
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_against_scikit_learn(seed: int) -> None:
+    rng = random.Random(seed)
+    n = rng.randrange(4, 40)
+    trust = [rng.choice([0.0, 0.25, 0.3, 0.5, 0.75, 1.0]) if seed % 2 else rng.random() for _ in range(n)]
+    bad = [True, False] + [rng.random() < 0.3 for _ in range(n - 2)]
+    flagged = [t < 0.5 for t in trust]
+    found = detect(trust, {i for i, b in enumerate(bad) if b})
+    assert found["detection/auc"] == pytest.approx(roc_auc_score(bad, [-t for t in trust]))
+    assert found["detection/recall"] == pytest.approx(recall_score(bad, flagged))
+    assert found.get("detection/precision", 0.0) == pytest.approx(precision_score(bad, flagged, zero_division=0.0))
+    assert found["detection/fpr"] == pytest.approx(1 - recall_score([not b for b in bad], [not f for f in flagged]))
+
+
+def test_auc_ends() -> None:
+    high, low = torch.tensor([3.0, 4.0]), torch.tensor([1.0, 2.0, 2.5])
+    assert auc(high, low) == 1.0
+    assert auc(low, high) == 0.0
+    assert auc(high, high) == 0.5

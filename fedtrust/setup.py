@@ -192,7 +192,7 @@ def _wanted(goal: Goal) -> str:
     """Return a goal in words, read off the inputs and labels it consists of."""
     changed = goal.x.shape != goal.clean.shape or not torch.equal(goal.x, goal.clean)
     what = "triggered inputs" if changed else "clean samples"
-    labels = goal.y.unique().tolist()
+    labels = sorted(set(goal.y.tolist()))
     return f"{what} go to class {labels[0]}" if len(labels) == 1 else f"{what} go to other classes of the attacker's choice"
 
 

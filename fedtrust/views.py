@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fedtrust.client import KNOWLEDGE, ClientMemory, Knowledge, View
+from fedtrust.client import KNOWLEDGE, ClientMemory, Knowledge, View, capabilities
 from fedtrust.engine import seeds
 
 if TYPE_CHECKING:
@@ -24,22 +24,29 @@ def at_least(knowledge: Knowledge, needed: Knowledge) -> bool:
 
 
 def local_view(world: World, chunk: Chunk, task: ClientTask, purpose: str) -> View:
-    """Return what a single client knows while it prepares its data and trains."""
+    """Return what a single client knows while it prepares its data and trains; copies, so that writing on them harms nobody else."""
+    params = chunk.params.to(world.device)
+    if capabilities(type(task.behaviour)):  # its own code runs; without any, copying would only cost time
+        params = params.clone()
     return View(
-        params=chunk.params.to(world.device),
+        params=params,
         round=chunk.round,
         task=world.data.task,
         layout=world.layout,
         model=world.model,
         criterion=world.criterion,
-        memory={k: v.clone() for k, v in task.memory.items()},
-        server=chunk.server,
+        memory=_copies(task.memory),
+        server=_copies(chunk.server),
         rng=seeds.torch_stream(world.seed, purpose, chunk.round, task.client),
         client=task.client,
         coalition=(task.client,),
         rank=task.rank,
         recruits=task.recruits,
     )
+
+
+def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in tensors.items()}
 
 
 def in_loss(view: View, memory: ClientMemory | None = None) -> View:
@@ -86,7 +93,7 @@ def crafting_view(
         model=world.model,
         criterion=world.criterion,
         memory=memory,
-        server=server,
+        server=_copies(server),
         rng=seeds.torch_stream(world.seed, "craft", round_number, ids[0]),
         client=ids[0] if len(ids) == 1 else None,
         coalition=ids,

@@ -26,7 +26,7 @@ def test_everything_exported_exists_and_is_what_it_is_at_home() -> None:
 
 
 def test_the_package_alone_imports_nothing_heavy() -> None:
-    code = "import sys, fedtrust, fedtrust.cli; print([m for m in ('torch', 'ray', 'flwr', 'pydantic', 'numpy', 'sklearn') if m in sys.modules])"
+    code = "import sys, fedtrust, fedtrust.cli; print(sorted({'torch', 'ray', 'flwr', 'pydantic', 'numpy', 'sklearn'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
@@ -41,7 +41,7 @@ def test_the_two_folders_cannot_be_imported_under_their_bare_names(name: str) ->
 
 
 def test_arrows_run_one_way() -> None:
-    """The engine knows no particular attack or defence: nothing in fedtrust/ imports clients/ or strategies/, and nothing the command line."""
+    """The engine knows no particular attack or defence, and nothing imports the command line."""
     forbidden = re.compile(r"^\s*(?:from|import) fedtrust\.(clients|strategies)\b", re.MULTILINE)
     command_line = re.compile(r"^\s*(?:from|import) fedtrust\.cli\w*\b(?<!client)", re.MULTILINE)
     for file in (ROOT / "fedtrust").rglob("*.py"):

@@ -52,6 +52,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     (tmp_path / "mine.py").write_text(STUDENT, encoding="utf-8")
     (tmp_path / "s.toml").write_text(SCENARIO, encoding="utf-8")
     REGISTRY.load()
+    for name in [n for n in sys.modules if n.startswith(plugins.PREFIX)]:
+        del sys.modules[name]  # another file's tests may have left them
     entries, modules, loaded = dict(REGISTRY._entries), dict(sys.modules), dict(plugins._LOADED)
     yield tmp_path
     REGISTRY._entries.clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -15,8 +16,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from fedtrust import runs
+from fedtrust.client import Behaviour, View
 from fedtrust.errors import InputError, RunError
 from fedtrust.listener import SilentListener
 from fedtrust.probes.base import ProbeContext
@@ -101,6 +104,28 @@ def test_an_interrupted_run_resumes_to_the_same_bits(small: Small, tmp_path: Pat
     assert done.summary["model_sha256"] == whole.summary["model_sha256"]
     assert without_times(lines(tmp_path / "stopped")) == without_times(lines(tmp_path / "whole"))
     assert lines(tmp_path / "stopped", "clients.jsonl") == lines(tmp_path / "whole", "clients.jsonl")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Grows(Behaviour):
+    """Scale the update by the number of rounds it remembers."""
+
+    def remember(self, size: int) -> dict[str, Tensor]:
+        return {"rounds": torch.zeros(())}
+
+    def craft(self, updates: Tensor, view: View) -> Tensor:
+        view.memory["rounds"] = view.memory["rounds"] + 1
+        return updates * view.memory["rounds"]
+
+
+def test_what_clients_remember_survives(small: Small, tmp_path: Path, registered: Callable[..., None]) -> None:
+    registered("behaviour", "grows", Grows, role="malicious", knowledge="own")
+    scenario = small(rounds=4, attackers=[{"behaviour": "grows", "count": 2}])
+    whole = run(scenario, tmp_path / "a", engine="local")
+    run(scenario, tmp_path / "b", engine="local", listener=StopAfter(2))
+    assert resume(tmp_path / "b", engine="local").summary["model_sha256"] == whole.summary["model_sha256"]
+    norms = [c["norm"] for c in lines(tmp_path / "b", "clients.jsonl") if c["malicious"]]
+    assert min(norms[-2:]) > 2 * max(norms[:2])
 
 
 def start(scenario: Path, out: Path) -> subprocess.Popen[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -107,14 +108,14 @@ def test_states_are_carried_and_kept_where_nothing_is_returned() -> None:
 
     made = pipeline(count, steps=(remember_once, count))
     states: Any = {}
-    for _ in range(3):
+    for number in (5, 6, 7):
         before = {place: dict(state) for place, state in states.items()}
-        outcome = play(made, states=states)
+        outcome = play(made, ctx=replace(context(), round=number), states=states)
         assert states == before  # the old states are as they were: a preview for an attacker must leave no trace
         states = outcome.states
     assert {place: {k: int(v) for k, v in state.items()} for place, state in states.items()} == {
         "filters[0]": {"calls": 3},
-        "steps[0]": {"first": 3},
+        "steps[0]": {"first": 5},
         "steps[1]": {"calls": 3},
     }
 

@@ -193,6 +193,33 @@ def test_different_clients_may_be_sent_different_models(small: Small) -> None:
     torch.testing.assert_close(bases[0] * 3, bases[1], atol=1e-5, rtol=1e-4)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Obeys(Behaviour):
+    """Send what the server sent beside the model, plus one for every round it remembers."""
+
+    def remember(self, size: int) -> dict[str, Tensor]:
+        return {"rounds": torch.zeros(())}
+
+    def craft(self, updates: Tensor, view: View) -> Tensor:
+        view.memory["rounds"] = view.memory["rounds"] + 1
+        return (view.server["hint"] + view.memory["rounds"]).expand_as(updates)
+
+
+def test_what_the_server_sends_beside_the_model_arrives_and_memories_last(small: Small) -> None:
+    setup = build(small())
+    layout = setup.world.layout
+    hint = torch.arange(float(layout.size))
+    for knowledge, expected in (("own", [1, 2, 1]), ("coalition", [1, 2, 3])):
+        roster = Roster(8, REGISTRY.make("behaviour", "honest"), (Group("obeys", Obeys(), knowledge, (1, 2), (1, 9)),))
+        grid, executor = grid_of(setup, roster)
+        for number, client, rounds in zip((1, 2, 3), (1, 1, 2), expected, strict=True):
+            grid.begin(number, [client])
+            record = RecordDict({"arrays": flower.FlatRecord(setup.params, layout), "hint": flower.FlatRecord(hint, layout)})
+            (reply,) = grid.send_and_receive([Message(content=record, message_type="train", dst_node_id=client)])
+            assert torch.equal(delta(reply), hint + rounds)  # a coalition remembers together, whoever was sampled
+        executor.close()
+
+
 def test_push_and_pull(small: Small) -> None:
     setup = build(small())
     grid, executor = grid_of(setup, Roster(8, REGISTRY.make("behaviour", "honest")))

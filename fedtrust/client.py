@@ -180,7 +180,10 @@ def behaviour(
             raise InputError("a behaviour is a subclass of fedtrust.Behaviour", where)
         if role == "malicious" and not capabilities(cls):
             raise InputError(f"behaviour '{name}' overrides none of {', '.join(_HOOKS)}: it would attack nothing", where)
-        made = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+        try:
+            made = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+        except (TypeError, ValueError) as error:  # a mutable default, a field without one after …
+            raise InputError(f"the fields of behaviour '{name}' cannot be read: {error}", where) from None
         made.role = role
         made.needs_knowledge = knowledge
         REGISTRY.add("behaviour", name, made, role=role, knowledge=knowledge, paper=paper, **meta)

@@ -108,8 +108,10 @@ class Registry:
         """Register `target` under `name`.
 
         Raises:
-            InputError: the name is taken or not in lower-case words joined by hyphens, or the parameters cannot be read.
+            InputError: it is neither class nor function, the name is taken or not in lower-case words joined by hyphens, or the parameters cannot be read.
         """
+        if not inspect.isclass(target) and not inspect.isfunction(target):
+            raise InputError(f"{kind} '{name}' should be a class or a function, not {type(target).__name__}")
         if not _NAME.match(name):
             raise InputError(f"'{name}' is not a component name (lower-case words joined by hyphens)", _place(target))
         other = self._entries.get((kind, name))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -273,8 +274,10 @@ class _Game:
 
     def _probe(self, valid: Valid, trust: Tensor | None, *, final: bool) -> dict[str, float]:
         metrics: dict[str, float] = {}
-        full = self._probe_context(valid, trust, final=final)
+        context = self._probe_context(valid, trust, final=final)
         for bound in self.setup.probes:
+            rng = seeds.torch_stream(self.setup.world.seed, f"probe/{bound.entry.name}", self.round)
+            full = dataclasses.replace(context, rng=rng)
             if bound.entry.meta.get("when") == "end" and not final:
                 continue
             try:
@@ -292,11 +295,20 @@ class _Game:
 
     def _probe_context(self, valid: Valid, trust: Tensor | None, *, final: bool) -> ProbeContext:
         world, params = self.setup.world, self._params
+        on_test: list[Tensor] = []  # what the model says to the test samples, asked for by most probes
+
+        def query(x: Tensor) -> Tensor:
+            if x is not world.data.x_test:
+                return world.predict(params, x)
+            if not on_test:
+                on_test.append(world.predict(params, x))
+            return on_test[0]
+
         return ProbeContext(
             round=self.round,
             final=final,
             task=world.data.task,
-            query=lambda x: world.predict(params, x),
+            query=query,
             rng=seeds.torch_stream(world.seed, "probe", self.round),
             criterion=world.criterion,
             params=params,

@@ -234,7 +234,8 @@ def _needs(strategy: StrategySpec, where: str, clients: ClientsSpec) -> None:
     stages.append(("aggregator", f"{where}.aggregator", strategy.aggregator))
     stages += [("step", f"{where}.steps[{i}]", r) for i, r in enumerate(strategy.steps)]
     entries = [REGISTRY.get(kind, ref.name) for kind, _, ref in stages]
-    declared = {entry.name: entry.meta for entry in entries}
+    bounds = entries[len(strategy.filters) - 1].meta.get("bounds") if strategy.filters else None
+    bounded = bounds is not None and bool(bounds(strategy.filters[-1].params))
     for (_, place, ref), entry in zip(stages, entries, strict=True):
         asked = entry.meta.get("needs")
         if asked is None:
@@ -246,7 +247,7 @@ def _needs(strategy: StrategySpec, where: str, clients: ClientsSpec) -> None:
             filters=tuple(r.name for r in strategy.filters),
             aggregator=strategy.aggregator.name,
             steps=tuple(r.name for r in strategy.steps),
-            declared=declared,
+            bounded=bounded,
             root_samples=strategy.root_samples,
         )
         reason = asked(facts)

@@ -84,7 +84,7 @@ class PipelineFacts:
         f: the number of them that the defender assumes malicious.
         params: the component's own parameters.
         filters, aggregator, steps: the names in the pipeline.
-        declared: name → what each of these components declared beside itself in the registry.
+        bounded: whether a filter guarantees a bound on the rows that reach the aggregator.
         root_samples: the size of the server's own labelled set.
     """
 
@@ -94,7 +94,7 @@ class PipelineFacts:
     filters: tuple[str, ...]
     aggregator: str
     steps: tuple[str, ...]
-    declared: Mapping[str, Mapping[str, Any]]
+    bounded: bool
     root_samples: int
 
 
@@ -102,7 +102,11 @@ Needs = Callable[[PipelineFacts], str | None]
 
 
 def server_filter(name: str, *, needs: Needs | None = None, paper: str = "", **meta: Any) -> Callable[[Any], Any]:
-    """Register a filter `(updates [n, d], ctx, *, parameters) -> [m, d]`; see `aggregator`. `bounds=True`: it gives a `bound`."""
+    """Register a filter `(updates [n, d], ctx, *, parameters) -> [m, d]`; see `aggregator`.
+
+    `bounds` is a function that says of the filter's parameters whether it will give a `Verdict.bound`; a filter without it takes away the
+    bound that one before it gave.
+    """
     return register("filter", name, needs=needs, paper=paper, **meta)
 
 
@@ -184,7 +188,8 @@ class Pipeline:
             if verdict.trust is not None:
                 spread = verdict.trust.detach().float().clamp(max=1.0)[row_of]
                 trust = spread if trust is None else trust * spread
-            ctx = replace(ctx, bound=verdict.bound if verdict.bound is not None else ctx.bound)
+            if stage in self.filters:  # what an earlier filter bounded, a later one may have scaled up again
+                ctx = replace(ctx, bound=verdict.bound)
             if verdict.members is not None:
                 row_of, ctx = verdict.members[row_of], _merged(ctx, verdict.members, len(verdict.value))
             value = verdict.value

@@ -193,7 +193,7 @@ def _wanted(goal: Goal) -> str:
     changed = goal.x.shape != goal.clean.shape or not torch.equal(goal.x, goal.clean)
     what = "triggered inputs" if changed else "clean samples"
     labels = sorted(set(goal.y.tolist()))
-    return f"{what} go to class {labels[0]}" if len(labels) == 1 else f"{what} go to other classes of the attacker's choice"
+    return f"{what} go to class {labels[0]}" if len(labels) == 1 else f"{what} go to the attacker's wrong classes"
 
 
 def _plain(params: Mapping[str, Any]) -> dict[str, Any]:

@@ -75,7 +75,7 @@ class FedTrustStrategy(Strategy):
 
         def defence(updates: Tensor) -> Tensor:
             ctx = self._context(server_round, params, torch.ones(len(updates)), ())
-            return self._pipeline(updates, ctx, self.states, lambda place: self._rng(place, server_round)).delta
+            return self._pipeline(updates.clone(), ctx, self.states, lambda place: self._rng(place, server_round)).delta
 
         return defence
 

@@ -12,7 +12,9 @@ from fedtrust.server import AggContext, PipelineFacts, Verdict, server_filter, s
 
 
 @server_filter(
-    "norm-clip", paper="Sun et al., 2019 (Can You Really Backdoor Federated Learning?), section 4; McMahan et al., ICLR 2018", bounds=True
+    "norm-clip",
+    paper="Sun et al., 2019 (Can You Really Backdoor Federated Learning?), section 4; McMahan et al., ICLR 2018",
+    bounds=lambda params: params["max_norm"] is not None,
 )
 def norm_clip(updates: Tensor, ctx: AggContext, *, max_norm: Annotated[float, Field(gt=0)] | None = None) -> Verdict:
     """Scale down every update whose L2 norm is above `max_norm`; by default above the round's median norm.
@@ -26,8 +28,9 @@ def norm_clip(updates: Tensor, ctx: AggContext, *, max_norm: Annotated[float, Fi
 
 
 def _noise_needs(facts: PipelineFacts) -> str | None:
-    bounding = [name for name in facts.filters if facts.declared.get(name, {}).get("bounds")]
-    return None if bounding else "noise without a clip protects nothing: add a filter that bounds the updates, for instance norm-clip"
+    if facts.bounded:
+        return None
+    return "noise without a clip protects nothing: let the last filter bound the updates, for instance norm-clip with a fixed max_norm"
 
 
 @step(

@@ -318,6 +318,29 @@ def test_a_failing_probe_is_named(small: Small, out: Path, registered: Callable[
         run(small(probes=["peek"]), out, engine="local")
 
 
+def test_probes_share_the_models_output_but_not_their_randomness(small: Small, out: Path, registered: Callable[..., None]) -> None:
+    seen: dict[str, list[Any]] = {"a": [], "b": []}
+
+    def looking(name: str) -> Callable[[ProbeContext], dict[str, float]]:
+        def look(ctx: ProbeContext) -> dict[str, float]:
+            seen[name].append((ctx.test_output, float(torch.rand((), generator=ctx.rng))))
+            return {name: seen[name][-1][1]}
+
+        return look
+
+    for name in seen:
+        registered("probe", name, looking(name), role="teacher", when="round")
+    run(small(probes=["a", "b"], rounds=1), out, engine="local")
+    for (one, draw), (two, other) in zip(seen["a"], seen["b"], strict=True):
+        assert one is two
+        assert draw != other
+
+
+def test_noise_behind_a_clip_that_follows_the_data_is_refused(small: Small) -> None:
+    with pytest.raises(InputError, match=r"steps\[0\].*fixed max_norm"):
+        small(strategy={"filters": ["norm-clip"], "steps": ["gaussian-noise"]})
+
+
 @pytest.fixture
 def registered(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Register a component for one test."""

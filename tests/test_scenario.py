@@ -53,7 +53,7 @@ ids = [3, 1]
 [strategy]
 assumed_malicious = 4
 root_samples = 10
-filters = ["norm-clip"]
+filters = [{ name = "norm-clip", max_norm = 1.5 }]
 aggregator = { name = "multi-krum", m = 3 }
 steps = ["gaussian-noise", { name = "fedadam", lr = 0.1 }]
 

@@ -174,7 +174,7 @@ def test_a_registered_rule_behind_buckets_sees_the_buckets() -> None:
     assert torch.allclose(outcome.delta, 0.4 * left + 0.6 * right)
 
 
-def test_the_bound_of_the_last_filter_that_gave_one_reaches_the_steps() -> None:
+def test_only_the_last_filters_bound_reaches_the_steps() -> None:
     seen: list[float | None] = []
 
     def look(value: Tensor, ctx: AggContext) -> Tensor:
@@ -184,8 +184,11 @@ def test_the_bound_of_the_last_filter_that_gave_one_reaches_the_steps() -> None:
     def bounding(bound: float | None) -> Rule:
         return lambda value, ctx: Verdict(value, bound=bound)
 
-    play(pipeline(look, bounding(5.0), bounding(2.0), bounding(None), look, steps=(look,)))
-    assert seen == [None, 2.0, 2.0]
+    play(pipeline(look, bounding(5.0), bounding(2.0), look, bounding(3.0), steps=(look,)))
+    assert seen == [None, 2.0, 3.0]
+    seen.clear()
+    play(pipeline(bounding(5.0), look, steps=(look,)))  # the last filter may have scaled the rows up again
+    assert seen == [5.0, None]
 
 
 def test_clip_and_noise_of_the_registry_together() -> None:

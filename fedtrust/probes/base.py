@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -98,9 +97,9 @@ class ProbeContext:
     data: FederatedData | None = None
     truth: Truth | None = None
 
-    @cached_property
+    @property
     def test_output(self) -> Tensor:
-        """The model's output for the test samples [n, C], computed once for all probes of a round.
+        """The model's output for the test samples [n, C]; the runner computes it once for all probes of a round.
 
         Raises:
             PermissionError: this role does not see the test samples.

@@ -211,19 +211,6 @@ def test_a_probe_of_the_teachers_cannot_measure_without_what_he_sees(name: str) 
         measure(name, context(trust=torch.ones(1), clients=(0,)))
 
 
-def test_the_models_output_is_computed_once_for_all_probes() -> None:
-    calls: list[int] = []
-
-    def counted(x: Tensor) -> Tensor:
-        calls.append(len(x))
-        return torch.zeros(len(x), 3)
-
-    ctx = context(query=counted, test=TEST)
-    for name in ("accuracy", "recall", "loss"):
-        measure(name, ctx)
-    assert calls == [6]
-
-
 def test_the_small_tools_of_the_probes() -> None:
     assert share(torch.tensor([True, False, True, True])) == 0.75
     assert share(torch.tensor([], dtype=torch.bool)) == 0.0

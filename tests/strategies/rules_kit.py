@@ -41,8 +41,8 @@ def verdict(kind: Kind, name: str, value: Tensor, ctx: AggContext | None = None,
 
 def facts(name: str, *, n: int, f: int, kind: Kind = "aggregator", filters: tuple[str, ...] = (), **params: Any) -> PipelineFacts:
     """What the `needs` check of a component is told."""
-    declared = {filter_: REGISTRY.get("filter", filter_).meta for filter_ in filters}
-    return PipelineFacts(n, f, REGISTRY.get(kind, name).check(params), filters, name if kind == "aggregator" else "mean", (), declared, 0)
+    aggregator = name if kind == "aggregator" else "mean"
+    return PipelineFacts(n, f, REGISTRY.get(kind, name).check(params), filters, aggregator, (), bool(filters), 0)
 
 
 def refusal(name: str, *, n: int, f: int, kind: Kind = "aggregator", **params: Any) -> str | None:

@@ -90,5 +90,5 @@ def test_noise_without_a_bound_is_refused() -> None:
 
 def test_noise_without_a_clip_is_refused_before_anything_runs() -> None:
     needs = REGISTRY.get("step", "gaussian-noise").meta["needs"]
-    assert "add a filter that bounds the updates" in needs(facts("gaussian-noise", n=5, f=1, kind="step"))
+    assert "let the last filter bound the updates" in needs(facts("gaussian-noise", n=5, f=1, kind="step"))
     assert needs(facts("gaussian-noise", n=5, f=1, kind="step", filters=("norm-clip",))) is None

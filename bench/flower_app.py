@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import time
+import warnings
+from collections.abc import Iterable
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
+from flwr.simulation import run_simulation
 from torch import nn
 
 from bench.work import recipe
@@ -47,21 +52,14 @@ def train(message: Message, context: Context) -> Message:
 class Clocked(FedAvg):
     """FedAvg that notes when each round begins."""
 
-    def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid):  # type: ignore[no-untyped-def]  # noqa: ANN201
+    def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
         """Note the time and go on."""
-        import time
-
         TIMES.append(time.perf_counter())
         return super().configure_train(server_round, arrays, config, grid)
 
 
 def run(clients: int, model: str, rounds: int) -> list[float]:
     """Run FedAvg in Flower's simulation engine and return seconds a round (the first, cold one left out)."""
-    import time
-    import warnings
-
-    from flwr.simulation import run_simulation
-
     app = ServerApp()
 
     @app.main()
@@ -77,4 +75,4 @@ def run(clients: int, model: str, rounds: int) -> list[float]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         run_simulation(app, client_app, num_supernodes=clients, backend_config=backend)
-    return [b - a for a, b in zip(TIMES[1:], TIMES[2:], strict=False)]
+    return [end - begin for begin, end in itertools.pairwise(TIMES[1:])]

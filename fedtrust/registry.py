@@ -108,7 +108,8 @@ class Registry:
         """Register `target` under `name`.
 
         Raises:
-            InputError: it is neither class nor function, the name is taken or not in lower-case words joined by hyphens, or the parameters cannot be read.
+            InputError: it is neither class nor function, the name is taken or not in lower-case words joined by hyphens, or the
+                parameters cannot be read.
         """
         if not inspect.isclass(target) and not inspect.isfunction(target):
             raise InputError(f"{kind} '{name}' should be a class or a function, not {type(target).__name__}")

@@ -21,7 +21,7 @@ class LabelFlip(Behaviour):
     """Train on wrong labels.
 
     `mode` says which: `mirror` turns class y into `classes - 1 - y` (Fang et al.), `targeted` turns `source` into `target` only,
-    `random` draws another class for every sample anew each round.
+    `random` draws another class for every sample anew each round. `fraction` of the samples, drawn anew each round, are flipped.
     """
 
     mode: Literal["mirror", "targeted", "random"] = "mirror"
@@ -48,8 +48,8 @@ class LabelFlip(Behaviour):
         """Return the same samples with wrong labels."""
         wrong = self._flipped(y, view.task, view.rng)
         if self.fraction < 1:
-            chosen = torch.rand(len(y), generator=view.rng).to(y.device) < self.fraction
-            wrong = torch.where(chosen, wrong, y)
+            spared = torch.randperm(len(y), generator=view.rng)[max(1, round(self.fraction * len(y))) :].to(y.device)
+            wrong = wrong.index_copy(0, spared, y[spared])
         return x, wrong
 
     def _flipped(self, y: Tensor, task: Task, rng: torch.Generator | None) -> Tensor:

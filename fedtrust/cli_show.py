@@ -114,8 +114,18 @@ def _entry(entry: Entry) -> str:
         facts.append(("knowledge", f"{entry.meta.get('knowledge', 'own')} or more"))
         facts.append(("manipulates", ", ".join(capabilities(entry.target)) or "nothing"))
     shown = [_row(key, 13, str(value)) for key, value in facts if value]
-    blocks = [head, "\n".join(shown), textwrap.indent(entry.doc, "  "), _parameters(entry), _example(entry)]
+    blocks = [head, "\n".join(shown), _prose(entry.doc), _parameters(entry), _example(entry)]
     return "\n\n".join(block for block in blocks if block)
+
+
+def _prose(text: str) -> str:
+    """Return a docstring wrapped to the terminal; lists and indented lines stay as they are."""
+    width = min(100, shutil.get_terminal_size().columns) - 2
+    blocks = []
+    for block in text.split("\n\n"):
+        laid_out = any(line[:1] in (" ", "*", "-") for line in block.splitlines())
+        blocks.append(block if laid_out else textwrap.fill(" ".join(block.split()), width, break_on_hyphens=False))
+    return textwrap.indent("\n\n".join(blocks), "  ")
 
 
 def _parameters(entry: Entry) -> str:
@@ -125,7 +135,9 @@ def _parameters(entry: Entry) -> str:
     for name, field in entry.schema.model_fields.items():
         default = "required" if field.default is PydanticUndefined else f"default {field.default!r}"
         bounds = " and ".join(text for m in field.metadata for text in _bounds(m))
-        rows.append(f"    {name}: {_type(field.annotation)}{f' ({bounds})' if bounds else ''}, {default}")
+        said = f"{name}: {_type(field.annotation)}{f' ({bounds})' if bounds else ''}, {default}"
+        width = min(100, shutil.get_terminal_size().columns)
+        rows.append(textwrap.fill(said, width, initial_indent="    ", subsequent_indent="      ", break_on_hyphens=False))
     return "\n".join(rows)
 
 

@@ -122,8 +122,7 @@ class RayExecutor:
             raise RunError(f"the Ray workers did not come up: {type(error).__name__}") from None
 
     def _new_actor(self) -> Any:
-        environment = {"env_vars": {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}}
-        return self._ray.remote(_Worker).options(runtime_env=environment, **self._options).remote()
+        return self._ray.remote(_Worker).options(**self._options).remote()
 
     def run(self, chunks: Sequence[Chunk]) -> list[Trained]:
         """Train the chunks on whichever worker is free; the model crosses to the object store once."""

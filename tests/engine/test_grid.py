@@ -285,3 +285,33 @@ def test_flower_strategies_of_the_user_run_too(small: Small) -> None:
     result = strategy.start(grid, arrays, num_rounds=1)
     executor.close()
     assert float((flower.to_flat(result.arrays, setup.world.layout) - setup.params).norm()) > 0.01
+
+
+def test_our_strategy_is_a_flower_strategy(small: Small, tmp_path: Path) -> None:
+    """Flower's own loop drives it to the same model as the runner's."""
+    scenario = small(strategy={"filters": ["norm-clip"], "aggregator": "median", "steps": ["fedavgm"]})
+    setup = build(scenario)
+
+    class EveryRound(CohortGrid):
+        """Flower's loop does not say which round it is: count the sends."""
+
+        number = 0
+
+        def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+            if not (sent := list(messages)):
+                return []
+            EveryRound.number += 1
+            self.begin(EveryRound.number, range(8))
+            return super().send_and_receive(sent)
+
+    executor = LocalExecutor(1)
+    executor.open(setup.world)
+    grid = EveryRound(setup.world, setup.roster, executor, stock=False)
+    grid.begin(1, range(8))
+    result = setup.strategy.start(grid, flower.FlatRecord(setup.params, setup.world.layout), num_rounds=2)
+    executor.close()
+    final(scenario, tmp_path / "a")
+    from safetensors.torch import load_file
+
+    expected = load_file(tmp_path / "a" / "model.safetensors")
+    torch.testing.assert_close(flower.to_flat(result.arrays, setup.world.layout), setup.world.layout.flatten(expected), atol=0, rtol=0)

@@ -15,7 +15,9 @@ Fault = Literal[
 ]  # fmt: skip
 
 
-@behaviour("malformed", paper="the replies that stock FedAvg accepts or dies of; see docs/run-directory.md on faults")
+@behaviour(
+    "malformed", paper="the replies that stock FedAvg accepts or dies of; they are what fedtrust.engine.validate is for", broken=True
+)
 class Malformed(Behaviour):
     """Train honestly and then send a broken reply: values, shapes, names, types or sample counts that must not get past the server."""
 

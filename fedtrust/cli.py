@@ -183,7 +183,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = os.environ.get("FEDTRUST_DEBUG", "") not in ("", "0")
     try:
         result: Any = app(list(sys.argv[1:] if argv is None else argv), prog_name="fedtrust", standalone_mode=False)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed by the caller
+            sys.stdout.flush()
         return int(result or 0)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more when it ends

@@ -48,6 +48,7 @@ def check_plugin(file: Path, allow_plugins: Sequence[str]) -> str:
 
 def _try(entry: Entry, file: Path) -> None:
     from fedtrust import runner, scenario
+    from fedtrust.runs import CLIENTS, RunDirectory
 
     where = f"{file}: {entry.kind} '{entry.name}'"
     required = [name for name, field in entry.schema.model_fields.items() if field.is_required()]
@@ -61,10 +62,13 @@ def _try(entry: Entry, file: Path) -> None:
             result = runner.run(asked, Path(folder) / "run", engine="local", workers=1)
         except FedTrustError as error:
             raise InputError(str(error), where) from error
+        faults = [f for r in RunDirectory(Path(folder) / "run").records(CLIENTS) if (f := r["fault"])]
     if result.status == "interrupted":
         raise KeyboardInterrupt
     if result.status != "finished":
         raise InputError(str(RunError(result.why)), where)
+    if faults and not entry.meta.get("broken"):
+        raise InputError(f"{len(faults)} updates were dropped; the first: {faults[0]}", where)
 
 
 def tiny(entry: Entry, name: str) -> dict[str, Any]:

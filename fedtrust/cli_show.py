@@ -97,12 +97,22 @@ def description(name: str) -> str:
 
 
 def _stock(name: str) -> str:
-    from fedtrust.engine.flower import stock_check
+    from fedtrust.engine.flower import stock_check, stock_parameters
+    from fedtrust.scenario_toml import value
 
     plain = name.removeprefix("flwr:")
-    cls = stock_check(plain, {"client_learning_rate": 0.1} if plain == "QFedAvg" else {})
-    doc = inspect.getdoc(cls) or ""
-    return f"{name} · aggregator (stock Flower strategy; takes no filters or steps)\n\n{doc}"
+    example = {"client_learning_rate": 0.1} if plain == "QFedAvg" else {}
+    cls = stock_check(plain, example)
+    first = (inspect.getdoc(cls) or "").split("\n\n", 1)[0]
+    rows = [f"    {p.name}: {'required' if p.default is p.empty else f'default {p.default!r}'}" for p in stock_parameters(cls)]
+    ref = value({"name": name, **example})
+    blocks = [
+        f"{name} · aggregator (a stock Flower strategy; takes no filters or steps)",
+        _prose(f"{first} The cohort, the sample counts and the record names are set by the simulation."),
+        "\n".join(["  parameters", *rows]) if rows else "  no parameters",
+        f"  in a scenario\n    [strategy]\n    aggregator = {ref}",
+    ]
+    return "\n\n".join(blocks)
 
 
 def _entry(entry: Entry) -> str:

@@ -55,7 +55,7 @@ class View(NamedTuple):
         layout: where each layer lies in [d].
         model: the architecture, `model(params [d], x [b, *shape]) -> [b, classes]`.
         criterion: the loss that the protocol prescribes, `criterion(output, y) -> scalar`.
-        memory: what it stored in earlier rounds, see `Behaviour.remember`.
+        memory: what it stored in earlier rounds, see `Behaviour.remember`; in the `craft` of a coalition what they keep together.
         server: what the server sent beside the model, by name.
         rng: its own source of randomness; `None` inside `loss`, which must be deterministic.
         client: its id; `None` in a coalition's `craft` and inside `loss`.

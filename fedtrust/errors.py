@@ -38,6 +38,10 @@ class RunError(FedTrustError):
     """The run failed: a quorum was missed, a worker pool died, a disk is full."""
 
 
+class TooFewError(ValueError):
+    """A server rule was given fewer updates than it can work with: the clients' fault, not the rule's."""
+
+
 def nearest(name: str, allowed: Iterable[str]) -> str:
     """Return `"; did you mean 'x'?"` for the allowed name closest to `name`, or `""`."""
     by_case = {known.lower(): known for known in allowed}

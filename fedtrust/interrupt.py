@@ -8,12 +8,9 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
-#: Set while a run is being stopped; local training looks at it before every step.
-STOP = threading.Event()
-
 
 class Stopped(BaseException):
-    """Raised in a training thread when the run is being stopped."""
+    """Raised in a training thread whose executor has closed or given it up."""
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:

@@ -21,7 +21,7 @@ from fedtrust.engine.flower import ARRAYS
 from fedtrust.engine.validate import Valid
 from fedtrust.runs import CLIENTS, ROUNDS, RunDirectory, write_json
 from fedtrust.scenario import Cell, Scenario
-from fedtrust.setup import Setup, threat_cards
+from fedtrust.setup import Setup, entry_of, threat_cards
 
 _PACKAGES = ("fedtrust", "torch", "flwr", "ray", "numpy", "scikit-learn", "mlxtend")
 
@@ -142,11 +142,13 @@ def run_summary(setup: Setup, directory: RunDirectory, final: tuple[str, Tensor]
     rounds = directory.records(ROUNDS)
     missed = [r["round"] for r in rounds if not r["counted"]]
     cards = threat_cards(setup)
+    idle = [] if missed else _never_valid(setup, directory)
     why = f"{len(missed)} of {scenario.rounds} rounds did not count (first: round {missed[0]}: {_why(rounds, missed[0])})" if missed else ""
+    why = why or "; ".join(idle)
     return {
         "kind": "run",
         "title": scenario.title,
-        "status": "failed" if missed else "finished",
+        "status": "failed" if why else "finished",
         "why": why,
         "rounds": scenario.rounds,
         "rounds_counted": sum(r["counted"] for r in rounds if r["round"] > 0),
@@ -181,6 +183,21 @@ def federation(setup: Setup) -> dict[str, Any]:
     }
 
 
+def _never_valid(setup: Setup, directory: RunDirectory) -> list[str]:
+    """Return a line for every adversary of which not one update was valid: that is a bug, and no victory of the defence.
+
+    Behaviours that are broken on purpose declare `broken=True`.
+    """
+    rows = [r for r in directory.records(CLIENTS) if r["malicious"]]
+    found = []
+    for group in setup.roster.groups:
+        faults = [r["fault"] for r in rows if r["client"] in group.members]
+        if not faults or None in faults or entry_of("behaviour", group.name, setup.scenario).meta.get("broken"):
+            continue
+        found.append(f"the attack '{group.name}' never sent a valid update, so nothing was defended against ({faults[0]})")
+    return found
+
+
 def _trust_mean(directory: RunDirectory) -> dict[str, float]:
     seen: dict[int, list[float]] = defaultdict(list)
     for row in directory.records(CLIENTS):
@@ -191,7 +208,10 @@ def _trust_mean(directory: RunDirectory) -> dict[str, float]:
 
 def _warnings(rounds: Sequence[Mapping[str, Any]]) -> list[str]:
     dropped = sum(len(r.get("faults", {})) for r in rounds)
-    return [f"{dropped} replies were dropped; the records say whose and why"] if dropped else []
+    if not dropped:
+        return []
+    first = next((c, why) for r in rounds for c, why in r.get("faults", {}).items())
+    return [f"{dropped} replies were dropped; the first was client {first[0]}'s: {first[1]}"]
 
 
 def matrix_summary(scenario: Scenario, results: Sequence[tuple[Cell, Mapping[str, Any]]], wanted: int) -> dict[str, Any]:

@@ -20,10 +20,10 @@ from fedtrust.engine import flower, seeds, threads, workers
 from fedtrust.engine.grid import CohortGrid
 from fedtrust.engine.roster import cohort
 from fedtrust.engine.validate import Valid, validate
-from fedtrust.errors import FedTrustError, InputError, RunError
+from fedtrust.errors import FedTrustError, InputError, RunError, TooFewError
 from fedtrust.interrupt import stoppable
 from fedtrust.listener import Listener, SilentListener
-from fedtrust.probes.base import Artefact, ProbeContext, Truth, finite
+from fedtrust.probes.base import Artefact, ProbeContext, Truth
 from fedtrust.runs import CLIENTS, ROUNDS, Checkpoint, RunDirectory, read_json, write_atomic
 from fedtrust.scenario import Cell, Scenario
 from fedtrust.scenario_io import load_run
@@ -92,10 +92,13 @@ def resume(
     Raises:
         InputError: it is not a run directory, is finished, is damaged, or cannot be resumed.
     """
-    status = read_json(path / "status.json")["status"]
+    if not (path / "scenario.toml").is_file():
+        raise InputError("not a run directory: scenario.toml is missing", str(path))
+    # Killed in its first moments a run has no status yet: then it starts from the beginning.
+    status = read_json(path / "status.json")["status"] if (path / "status.json").exists() else "running"
     if status == "finished":
         raise InputError("this run is finished; there is nothing to resume", str(path))
-    environment = read_json(path / "environment.json")
+    environment = read_json(path / "environment.json") if (path / "environment.json").exists() else {}
     scenario = load_run(path, allow_plugins, environment.get("data_root"))
     return _play(scenario, RunDirectory(path), engine, workers, ray_address, listener or SilentListener())
 
@@ -105,6 +108,7 @@ def _play(scenario: Scenario, directory: RunDirectory, engine: str, count: int |
     began = time.perf_counter()
     with ExitStack() as stack:
         stack.enter_context(stoppable())
+        stack.enter_context(directory.lock())
         try:
             name, reason = workers.pick(engine, scenario.clients.cohort, address)
             executor = workers.make(name, count, address, scenario.engine.deadline, scenario.engine.retries)
@@ -118,6 +122,9 @@ def _play(scenario: Scenario, directory: RunDirectory, engine: str, count: int |
         except FedTrustError as error:
             _ended("failed", str(error), directory)
             raise
+        except Exception as error:
+            _ended("failed", _said(error), directory)
+            raise
     summary["seconds"] = round(time.perf_counter() - began, 2)
     records.write_summary(directory, summary)
     status, why = str(summary["status"]), str(summary.get("why", ""))
@@ -129,6 +136,11 @@ def _play(scenario: Scenario, directory: RunDirectory, engine: str, count: int |
 def _ended(status: str, why: str, directory: RunDirectory) -> Result:
     directory.status(status, why)
     return Result(status, directory.path, {}, why)
+
+
+def _said(error: Exception) -> str:
+    """Return an error that nobody foresaw in one line."""
+    return str(error) if isinstance(error, FedTrustError) else f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 class _Session:
@@ -166,9 +178,9 @@ class _Session:
             directory.status("running")
             records.write_environment(directory, cell.scenario, self._executor.describe(), "as the matrix")
             summary = self._cell(cell, directory)
-        except FedTrustError as error:
-            summary = {"status": "failed", "why": str(error), "metrics": {}, "seconds": 0.0}
-            self._listener.note(f"{cell.name} failed: {error}")
+        except Exception as error:  # whatever it was, it is this cell's: the others go on
+            summary = {"status": "failed", "why": _said(error), "metrics": {}, "seconds": 0.0}
+            self._listener.note(f"{cell.name} failed: {summary['why']}")
             self._listener.cell_done(cell.name, summary)
         records.write_summary(directory, summary)
         directory.status(summary["status"], summary.get("why", ""))
@@ -213,7 +225,7 @@ class _Game:
         """Play the rounds that are left and yield each record once it is safe on the disk."""
         if self._fresh:
             with threads.using(threads.SERVER):
-                metrics = self._probe(Valid((), [], {}), None, final=False)
+                metrics = self._probe(Valid((), [], {}), None, self._params, final=False)
             yield self._commit({"round": 0, "counted": True, "metrics": metrics}, [])
         while self.round < self.setup.scenario.rounds:
             self.round += 1
@@ -235,8 +247,12 @@ class _Game:
         self._grid.begin(number, asked, defence)
         times = [time.perf_counter()]
         arrays = flower.FlatRecord(self._params, setup.world.layout)
-        messages = strategy.configure_train(number, arrays.fill() if setup.stock else arrays, ConfigRecord(), self._grid)
-        replies = self._grid.send_and_receive(messages)
+        try:
+            messages = list(strategy.configure_train(number, arrays.fill() if setup.stock else arrays, ConfigRecord(), self._grid))
+        except Exception as error:  # a stock strategy may raise anything
+            raise RunError(f"the strategy failed in round {number}: {_said(error)}") from error
+        with threads.using(threads.SERVER):  # coalitions compute here; training sets its own number of threads
+            replies = self._grid.send_and_receive(messages)
         valid = validate(replies, {c: setup.world.examples(c) for c in asked}, setup.world.layout)
         times.append(time.perf_counter())
         quorum = max(1, math.ceil(setup.scenario.clients.quorum * len(asked) - 1e-9))
@@ -245,10 +261,12 @@ class _Game:
             why = self._aggregate(valid, quorum, len(asked))
             times.append(time.perf_counter())
             trust = strategy.outcome.trust if isinstance(strategy, FedTrustStrategy) and strategy.outcome and not why else None
-            metrics = self._probe(valid, trust, final=number == setup.scenario.rounds)
+            metrics = self._probe(valid, trust, before, final=number == setup.scenario.rounds)
         times.append(time.perf_counter())
         rows = records.client_rows(setup, number, asked, valid, self._grid.losses, trust)
-        record = records.round_record(number, asked, valid, quorum, why, metrics, rows, float((self._params - before).norm()), times)
+        record = records.round_record(
+            number, asked, valid, quorum, why, metrics, rows, float((self._params - before).double().norm()), times
+        )
         return record, rows
 
     def _aggregate(self, valid: Valid, quorum: int, asked: int) -> str:
@@ -260,8 +278,8 @@ class _Game:
             with flower.cheap_collection():
                 arrays, _ = strategy.aggregate_train(self.round, valid.messages)
         except Exception as error:  # a stock strategy may raise anything
-            reason = str(error) if isinstance(error, FedTrustError) else f"the strategy failed: {type(error).__name__}: {error}"
-            if len(valid.clients) < asked:
+            reason = str(error) if isinstance(error, FedTrustError) else f"the strategy failed: {_said(error)}"
+            if isinstance(error.__cause__, TooFewError) and len(valid.clients) < asked:
                 return f"{len(valid.clients)} valid replies of {asked} are too few: {reason}"
             raise RunError(reason) from error
         if arrays is None:
@@ -272,28 +290,42 @@ class _Game:
         self._params = params.detach().clone()
         return ""
 
-    def _probe(self, valid: Valid, trust: Tensor | None, *, final: bool) -> dict[str, float]:
+    def _probe(self, valid: Valid, trust: Tensor | None, before: Tensor, *, final: bool) -> dict[str, float]:
+        """Measure the model; `before` is the one that the clients were sent."""
         metrics: dict[str, float] = {}
-        context = self._probe_context(valid, trust, final=final)
+        context = self._probe_context(valid, trust, before, final=final)
+        stamps = self._stamps()
         for bound in self.setup.probes:
             rng = seeds.torch_stream(self.setup.world.seed, f"probe/{bound.entry.name}", self.round)
-            full = dataclasses.replace(context, rng=rng)
+            full = dataclasses.replace(context, rng=rng, params=self._params.clone())  # a probe that writes on it harms nobody
             if bound.entry.meta.get("when") == "end" and not final:
                 continue
             try:
-                found = bound.call(views.probe_view(str(bound.entry.meta["role"]), full))
-                metrics |= self._keep(bound.entry.name, found)
-            except Exception as error:  # a student's probe may raise anything
+                found = self._keep(bound.entry.name, bound.call(views.probe_view(str(bound.entry.meta["role"]), full)))
+                twice = sorted(metrics.keys() & found.keys())
+                if twice:
+                    raise ValueError(f"metric '{twice[0]}' is measured by another probe already")
+                if stamps != self._stamps():
+                    raise ValueError("it changed the test samples or the clients' data in place")
+                metrics |= found
+            except (Exception, SystemExit) as error:  # a student's probe may raise anything
                 raise RunError(f"probe '{bound.entry.name}' failed in round {self.round}: {type(error).__name__}: {error}") from error
         return metrics
+
+    def _stamps(self) -> tuple[int, ...]:
+        """Return the version counters of what probes are shown and must not write on."""
+        data = self.setup.world.data
+        return tuple(t._version for t in (data.x_test, data.y_test, data.x, data.y))
 
     def _keep(self, name: str, found: Mapping[str, float | Artefact]) -> dict[str, float]:
         for key, value in found.items():
             if isinstance(value, Artefact):
                 self._directory.save_artefact(f"{name}.{key}", value)
-        return {k: finite(v) for k, v in found.items() if not isinstance(v, Artefact)}
+        numbers = {k: float(v) for k, v in found.items() if not isinstance(v, Artefact)}
+        # A model that has diverged may have no finite loss, and JSON no other number: such a metric is absent from its round.
+        return {k: v for k, v in numbers.items() if math.isfinite(v)}
 
-    def _probe_context(self, valid: Valid, trust: Tensor | None, *, final: bool) -> ProbeContext:
+    def _probe_context(self, valid: Valid, trust: Tensor | None, before: Tensor, *, final: bool) -> ProbeContext:
         world, params = self.setup.world, self._params
         on_test: list[Tensor] = []  # what the model says to the test samples, asked for by most probes
 
@@ -302,7 +334,7 @@ class _Game:
                 return world.predict(params, x)
             if not on_test:
                 on_test.append(world.predict(params, x))
-            return on_test[0]
+            return on_test[0].clone()
 
         return ProbeContext(
             round=self.round,
@@ -314,23 +346,23 @@ class _Game:
             params=params,
             model=world.model,
             clients=valid.clients,
-            updates=self._updates(valid),
+            updates=self._updates(valid, before),
             trust=trust,
             test=(world.data.x_test, world.data.y_test),
             data=world.data,
             truth=Truth(frozenset(self.setup.roster.malicious(self.round)), self.setup.goals),
         )
 
-    def _updates(self, valid: Valid) -> Tensor | None:
+    def _updates(self, valid: Valid, before: Tensor) -> Tensor | None:
         """Return what the protocol showed the server; only gathered when a probe looks at it."""
-        observers = [p for p in self.setup.probes if p.entry.meta.get("role") == "curious-server"]
+        observers = [p for p in self.setup.probes if p.entry.meta.get("role") == "curious-server" or p.entry.meta.get("updates")]
         if not observers or not valid.messages:
             return None
         found = [next(iter(m.content.array_records.values())) for m in valid.messages]
-        return torch.stack([r.delta if isinstance(r, flower.FlatRecord) and r.delta is not None else self._delta(r) for r in found])
-
-    def _delta(self, record: Any) -> Tensor:
-        return flower.to_flat(record, self.setup.world.layout) - self._params
+        layout = self.setup.world.layout
+        return torch.stack(
+            [r.delta if isinstance(r, flower.FlatRecord) and r.delta is not None else flower.to_flat(r, layout) - before for r in found]
+        )
 
     def finish(self) -> tuple[str, Tensor]:
         """Write the final model and return its SHA-256, and the model."""

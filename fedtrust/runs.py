@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,15 +33,13 @@ class Checkpoint:
         round: the last round that is done; 0 before the first.
         params: the global model [d].
         states: the strategy's components' states by place.
-        memories: the clients' memories.
-        notes: small JSON values that the runner keeps.
+        memories: the clients' memories, by whose they are.
     """
 
     round: int
     params: Tensor
     states: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    memories: dict[int, dict[str, Tensor]] = field(default_factory=dict)
-    notes: dict[str, Any] = field(default_factory=dict)
+    memories: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
 
 def write_atomic(path: Path, content: bytes) -> None:
@@ -56,13 +55,14 @@ def write_atomic(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-        _sync_folder(path.parent)
+        _sync(path.parent)
     except OSError as error:
         raise RunError(f"cannot write {path.name}: {error.strerror or error}") from error
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    """Push a file's content, or a folder's list of files, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -123,17 +123,17 @@ class RunDirectory:
     def records(self, name: str) -> list[dict[str, Any]]:
         """Return one of the two records as a list."""
         path = self.path / name
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+        return [json.loads(line) for line in path.read_bytes().splitlines()] if path.exists() else []
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Replace the checkpoint; it says how long the records were, so that a resume cuts off what came later."""
         tensors = {_key("params"): checkpoint.params.contiguous()}
         for place, state in checkpoint.states.items():
             tensors |= {_key("state", place, name): value.contiguous() for name, value in state.items()}
-        for client, memory in checkpoint.memories.items():
-            tensors |= {_key("memory", str(client), name): value.contiguous() for name, value in memory.items()}
+        for owner, memory in checkpoint.memories.items():
+            tensors |= {_key("memory", owner, name): value.contiguous() for name, value in memory.items()}
         sizes = {name: _size(self.path / name) for name in (ROUNDS, CLIENTS)}
-        head = {"round": checkpoint.round, "sizes": sizes, "notes": checkpoint.notes}
+        head = {"round": checkpoint.round, "sizes": sizes}
         write_atomic(self.path / CHECKPOINT, save(tensors, metadata={"fedtrust": json.dumps(head, allow_nan=False)}))
 
     def restore(self) -> Checkpoint | None:
@@ -151,13 +151,13 @@ class RunDirectory:
             with safetensors.safe_open(str(path), framework="pt") as file:
                 head = json.loads((file.metadata() or {})["fedtrust"])
                 found = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 -- not a dict
-            checkpoint = Checkpoint(int(head["round"]), found.pop("params"), notes=head["notes"])
+            checkpoint = Checkpoint(int(head["round"]), found.pop("params"))
             for key, value in found.items():
                 kind, owner, name = key.split(_SEPARATOR)
                 if kind == "state":
                     checkpoint.states.setdefault(owner, {})[name] = value
                 else:
-                    checkpoint.memories.setdefault(int(owner), {})[name] = value
+                    checkpoint.memories.setdefault(owner, {})[name] = value
             for name, size in head["sizes"].items():
                 _cut(self.path / name, size)
         except (KeyError, ValueError, OSError, safetensors.SafetensorError) as error:
@@ -170,7 +170,9 @@ class RunDirectory:
         try:
             save_file({name: value.contiguous().clone() for name, value in layout.unflatten(params).items()}, str(temporary))
             digest = hashlib.sha256(temporary.read_bytes()).hexdigest()
+            _sync(temporary)
             temporary.replace(self.path / MODEL)
+            _sync(self.path)
         except OSError as error:
             raise RunError(f"cannot write {MODEL}: {error.strerror or error}") from error
         return digest
@@ -178,10 +180,27 @@ class RunDirectory:
     def save_artefact(self, name: str, artefact: Artefact) -> None:
         """Write what a probe left to look at."""
         folder = self.path / "artefacts"
-        folder.mkdir(exist_ok=True)
+        try:
+            folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise RunError(f"cannot write artefacts: {error.strerror or error}") from error
         safe = "".join(c if c.isalnum() or c in ".-_" else "-" for c in name)
         body = {"kind": artefact.kind, "title": artefact.title, "caption": artefact.caption, **artefact.data}
         write_json(folder / f"{safe}.json", body)
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep other processes from playing into this folder; the kernel lets go when this one ends, however it does.
+
+        Raises:
+            InputError: another process is playing it.
+        """
+        with (self.path / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise InputError("is being played by another process", str(self.path)) from None
+            yield
 
     def status(self, status: str, why: str = "") -> None:
         """Say how the run stands."""

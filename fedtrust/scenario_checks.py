@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +159,14 @@ def _regression(data: DataSpec, origin: Origin) -> bool:
     return load(data.source.name, data.source.params).task.kind == "regression"
 
 
+def _none_is_nobody(attackers: Mapping[str, Sequence[AttackerSpec]]) -> None:
+    """Refuse attackers under a label that everybody reads as the run without an attack."""
+    for label, groups in attackers.items():
+        if groups and label.strip().lower() in ("none", "no attack"):
+            reason = f"'{label}' stands for the run without an attack; call {groups[0].behaviour} something else"
+            raise InputError(reason, f"sweep.attackers.{label}")
+
+
 def _attackers(groups: list[AttackerSpec], where: str, scenario: Scenario, origin: Origin) -> list[AttackerSpec]:
     done = [_attacker(group, f"{where}[{i}]", scenario, origin) for i, group in enumerate(groups)]
     count = scenario.clients.count
@@ -271,6 +279,7 @@ def _probes(scenario: Scenario, data: DataSpec, origin: Origin) -> list[Ref]:
 
 
 def _sweep(sweep: SweepSpec, scenario: Scenario, clients: ClientsSpec, origin: Origin) -> SweepSpec:
+    _none_is_nobody(sweep.attackers)
     done = sweep.model_copy(
         update={
             "attackers": {k: _attackers(v, f"sweep.attackers.{k}", scenario, origin) for k, v in sweep.attackers.items()},

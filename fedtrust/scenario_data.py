@@ -109,7 +109,10 @@ def _fits(scenario: Scenario, data: FederatedData, facts: list[str]) -> None:
 
 
 def _suits(place: str, name: str, params: dict[str, Any], task: Task) -> None:
-    reason = REGISTRY.make("behaviour", name, params).check(task)
+    try:
+        reason = REGISTRY.make("behaviour", name, params).check(task)
+    except (Exception, SystemExit) as error:  # a student's hook may raise anything
+        raise InputError(f"`check` of behaviour '{name}' fails: {type(error).__name__}: {error}", place) from error
     if reason:
         raise InputError(f"'{name}' cannot work here: {reason}", place)
 

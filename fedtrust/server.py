@@ -179,12 +179,13 @@ class Pipeline:
         value = updates
         for stage in (*self.filters, self.aggregator, *self.steps):
             began = time.perf_counter()
-            here = replace(ctx, state=states.get(stage.place, {}), rng=rng(stage.place))
+            # Copies: a component that computes in place must not reach the model or its own past.
+            here = replace(ctx, params=ctx.params.clone(), state=_copy(states.get(stage.place, {})), rng=rng(stage.place))
             verdict = _run(stage, value, here)
             _check(stage, verdict, value, ctx.layout.size, rows=stage.place.startswith("filters"))
             seconds[stage.place] = time.perf_counter() - began
             if verdict.state is not None:
-                new[stage.place] = dict(verdict.state)
+                new[stage.place] = _copy(verdict.state)
             if verdict.trust is not None:
                 spread = verdict.trust.detach().float().clamp(max=1.0)[row_of]
                 trust = spread if trust is None else trust * spread
@@ -196,13 +197,17 @@ class Pipeline:
         return Outcome(value, trust, new, seconds)
 
 
+def _copy(state: State) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in state.items()}
+
+
 def _run(stage: Stage, value: Tensor, ctx: AggContext) -> Verdict:
     try:
         with torch.no_grad():
             result = stage.rule(value, ctx)
     except RunError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise RunError(f"{stage.place} '{stage.name}' failed in round {ctx.round}: {type(error).__name__}: {error}") from error
     return result if isinstance(result, Verdict) else Verdict(result)
 
@@ -222,6 +227,8 @@ def _check(stage: Stage, verdict: Verdict, given: Tensor, size: int, *, rows: bo
     if rows and verdict.members is None and len(value) != len(given):
         raise RunError(f"{who} turned {len(given)} rows into {len(value)} without saying which went where (Verdict.members)")
     _check_rows(who, verdict, given, rows=rows)
+    if verdict.state is not None and not isinstance(verdict.state, Mapping):
+        raise RunError(f"{who} returned state of type {type(verdict.state).__name__}, expected tensors by name")
     for name, kept in (verdict.state or {}).items():
         if not isinstance(kept, Tensor):
             raise RunError(f"{who} returned state '{name}' as {type(kept).__name__}, not a tensor")

@@ -115,7 +115,8 @@ def _world(scenario: Scenario, data: FederatedData) -> tuple[World, torch.Tensor
         criterion=make("loss", recipe.loss, scenario),
         optimiser=make("optimiser", Ref(name=recipe.optimiser, params=recipe.optimiser_params), scenario),
         lr=recipe.lr,
-        batch_size=recipe.batch_size,
+        # A batch larger than the largest client would only be padded with further passes over the same samples.
+        batch_size=min(recipe.batch_size, max(len(part) for part in data.parts)),
         epochs=recipe.epochs,
         seed=scenario.seed,
         path=scenario.engine.path,
@@ -152,10 +153,15 @@ def _stock(scenario: Scenario) -> Strategy:
 def _goals(roster: Roster, data: FederatedData) -> tuple[Goal, ...]:
     goals = []
     for group in roster.groups:
-        wanted = group.behaviour.goal(data.x_test, data.y_test, data.task)
-        if wanted is None:
-            continue
-        x, y = wanted
+        try:  # copies: a goal that stamps its trigger in place must not change what everybody is measured on
+            wanted = group.behaviour.goal(data.x_test.clone(), data.y_test.clone(), data.task)
+            if wanted is None:
+                continue
+            x, y = wanted
+            if len(x) != len(y) or x.shape[1:] != data.x_test.shape[1:]:
+                raise ValueError(f"returned x {list(x.shape)} and y {list(y.shape)}")
+        except (Exception, SystemExit) as error:  # a student's hook may raise anything
+            raise InputError(f"`goal` of behaviour '{group.name}' fails: {type(error).__name__}: {error}", "attackers") from error
         clean = data.x_test if len(x) == len(data.x_test) else x
         if clean is data.x_test:  # being right is no success: keep the samples whose wanted label is not the true one
             counts = y != data.y_test

@@ -37,7 +37,7 @@ class FedTrustStrategy(Strategy):
         self._assumed = assumed_malicious
         self._layout, self._task = world.layout, world.data.task
         self._model, self._criterion, self._root = world.model, world.criterion, world.data.root
-        self._registered: Callable[[int], int] = world.examples
+        self._registered = {client: world.examples(client) for client in range(len(world.data.parts))}
         self._seed = world.seed
         self._params: Tensor | None = None
         self.states: dict[str, State] = {}
@@ -61,7 +61,7 @@ class FedTrustStrategy(Strategy):
             return None, None
         updates = torch.stack([self._update(m) for m in messages])
         clients = tuple(int(m.metadata.src_node_id) for m in messages)
-        weights = torch.tensor([float(self._registered(c)) for c in clients])
+        weights = torch.tensor([float(self._registered[c]) for c in clients])
         ctx = self._context(server_round, self._params, weights, clients)
         self.outcome = self._pipeline(updates, ctx, self.states, lambda place: self._rng(place, server_round))
         self.states = self.outcome.states

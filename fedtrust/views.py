@@ -35,8 +35,8 @@ def local_view(world: World, chunk: Chunk, task: ClientTask, purpose: str) -> Vi
         layout=world.layout,
         model=world.model,
         criterion=world.criterion,
-        memory=_copies(task.memory),
-        server=_copies(chunk.server),
+        memory=_copies(task.memory, world.device),
+        server=_copies(chunk.server, world.device),
         rng=seeds.torch_stream(world.seed, purpose, chunk.round, task.client),
         client=task.client,
         coalition=(task.client,),
@@ -45,8 +45,24 @@ def local_view(world: World, chunk: Chunk, task: ClientTask, purpose: str) -> Vi
     )
 
 
-def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in tensors.items()}
+def _copies(tensors: Mapping[str, Tensor], device: str = "cpu") -> dict[str, Tensor]:
+    return {name: value.clone().to(device) for name, value in tensors.items()}
+
+
+def check_memory(memory: Mapping[str, object], before: Mapping[str, Tensor]) -> None:
+    """Refuse a memory whose names or shapes are no longer those that `Behaviour.remember` gave.
+
+    Raises:
+        ValueError: says what is wrong with it.
+    """
+    if memory.keys() != before.keys():
+        raise ValueError(f"view.memory holds {sorted(memory)}, but `remember` declared {sorted(before)}")
+    for name, old in before.items():
+        value = memory[name]
+        if not isinstance(value, Tensor):
+            raise ValueError(f"memory '{name}' is {type(value).__name__}, expected a tensor")
+        if value.shape != old.shape:
+            raise ValueError(f"memory '{name}' is a tensor {list(value.shape)}, but `remember` declared {list(old.shape)}")
 
 
 def in_loss(view: View, memory: ClientMemory | None = None) -> View:

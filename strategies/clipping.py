@@ -28,6 +28,8 @@ def norm_clip(updates: Tensor, ctx: AggContext, *, max_norm: Annotated[float, Fi
 
 
 def _noise_needs(facts: PipelineFacts) -> str | None:
+    if facts.aggregator == "weighted-mean":
+        return "one client can move a weighted mean by more than the bound ÷ n that the noise is made for; use mean"
     if facts.bounded:
         return None
     return "noise without a clip protects nothing: let the last filter bound the updates, for instance norm-clip with a fixed max_norm"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fedtrust.errors import TooFewError
 from fedtrust.server import AggContext, PipelineFacts, Verdict, aggregator
 
 _COLUMNS = 1 << 16
@@ -35,7 +36,7 @@ def krum_scores(updates: Tensor, f: int) -> Tensor:
     """
     n = len(updates)
     if n < 2 * f + 3:
-        raise ValueError(f"Krum needs n ≥ 2f + 3, got n = {n}, f = {f}")
+        raise TooFewError(f"Krum needs n ≥ 2f + 3, got n = {n}, f = {f}")
     others = squared_distances(updates).fill_diagonal_(float("inf"))
     mantissa, exponent = torch.frexp(others.sort(dim=1).values[:, : n - f - 2].sum(dim=1))
     return torch.ldexp((mantissa * 2**26).round() / 2**26, exponent)
@@ -62,6 +63,8 @@ def krum(updates: Tensor, ctx: AggContext) -> Verdict:
 def multi_krum(updates: Tensor, ctx: AggContext, *, m: int | None = None) -> Verdict:
     """Average the `m` updates with the best Krum scores; `m` defaults to n − f."""
     f, n = ctx.assumed_malicious, len(updates)
+    if m is not None and m > n:
+        raise TooFewError(f"cannot select m = {m} of {n} updates")
     best = krum_scores(updates, f).argsort(stable=True)[: (n - f if m is None else m)]
     chosen = best.sort().values  # in client order, so that the sum does not depend on the ranking
     return Verdict(updates[chosen].mean(0), trust=torch.zeros(n).index_fill_(0, chosen, 1.0))

@@ -11,6 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from fedtrust.errors import TooFewError
 from fedtrust.server import AggContext, PipelineFacts, Verdict, aggregator
 
 _COLUMNS = 1 << 16
@@ -54,7 +55,7 @@ def trimmed_mean(updates: Tensor, ctx: AggContext, *, trim: Annotated[int, Field
     b = ctx.assumed_malicious if trim is None else trim
     n = len(updates)
     if n <= 2 * b:
-        raise ValueError(f"cannot drop {b} values from each end of {n} updates")
+        raise TooFewError(f"cannot drop {b} values from each end of {n} updates")
     result = torch.empty(updates.shape[1])
     for where, block in sorted_columns(updates):
         result[where] = torch.from_numpy(block[:, b : n - b].mean(axis=1, dtype=np.float64).astype(np.float32))

@@ -82,7 +82,7 @@ def test_every_command_has_help(folder: Path, capsys: pytest.CaptureFixture[str]
         (["run", "--resume", "x", "--set", "a=1"], "--set does not go with --resume"),
         (["run", "--resume", "x", "--out", "y"], "--out does not go with --resume"),
         (["run", "--resume", "gone"], "gone: no such folder"),
-        (["run", "--resume", "."], "status.json"),
+        (["run", "--resume", "."], "scenario.toml is missing"),
         (["run", "s.toml", "--engine", "rey"], "'rey'"),
         (["run", "s.toml", "--workers", "0"], "--workers"),
         (["run", "s.toml", "--wrokers", "1"], "--wrokers"),

@@ -93,7 +93,10 @@ def test_every_component_gets_its_own_state_and_randomness_and_the_same_facts() 
     states = {"aggregator": {"v": torch.ones(1)}, "steps[0]": {"w": torch.zeros(2)}}
     places = ("filters[0]", "aggregator", "steps[0]")
     play(pipeline(look("filters[0]"), aggregator=look("aggregator"), steps=(look("steps[0]"),)), states=states)
-    assert [seen[p][0] for p in places] == [{}, states["aggregator"], states["steps[0]"]]
+    for place in places:
+        given, kept = seen[place][0], states.get(place, {})
+        assert given.keys() == kept.keys()
+        assert all(torch.equal(given[k], kept[k]) and given[k] is not kept[k] for k in kept)
     assert [seen[p][1] for p in places] == [int(torch.randint(0, 2**31, (), generator=fresh(p))) for p in places]
     assert len({seen[p][1] for p in places}) == 3
     assert all(seen[p][2:] == (3, (10, 11, 12, 13), 1) for p in places)
@@ -326,3 +329,19 @@ def test_a_share_is_the_exact_ceiling_for_every_percent() -> None:
     for percent in range(101):
         for n in range(1, 201):
             assert assumed_count(percent / 100, n) == -(-percent * n // 100), (percent, n)
+
+
+def test_a_component_that_computes_in_place_reaches_neither_the_model_nor_the_past() -> None:
+    def vandal(value: Tensor, ctx: AggContext) -> Verdict:
+        ctx.params.zero_()
+        velocity = ctx.state["v"].add_(1.0) if "v" in ctx.state else torch.ones_like(value)
+        return Verdict(velocity, state={"v": velocity})
+
+    def scales(value: Tensor, ctx: AggContext) -> Tensor:
+        return value.mul_(0.0)
+
+    states = {"steps[0]": {"v": torch.full((ROWS.shape[1],), 5.0)}}
+    made = play(pipeline(steps=(vandal, scales)), states=states)
+    assert bool((states["steps[0]"]["v"] == 5.0).all())
+    assert bool((made.states["steps[0]"]["v"] == 6.0).all())  # not what the next step made of the value
+    assert float(made.delta.abs().sum()) == 0.0

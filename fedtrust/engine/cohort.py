@@ -8,7 +8,8 @@ Three paths give the same updates (atol 1e-5; tested for every behaviour and mod
   behaviours that keep the protocol's loss.
 
 Local batches: `epochs` passes over the client's samples in fresh random orders, cut into batches of `batch_size`. The passes are laid
-end to end, so every batch is full (the last is filled up from one more pass) and a client takes `ceil(epochs * n / batch_size)` steps.
+end to end, so every batch is full (the last is filled up from further passes) and a client takes `ceil(epochs * n / batch_size)` steps,
+or `epochs` if its samples do not fill one batch.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -27,10 +29,11 @@ from torch.func import functional_call, grad_and_value, vmap
 
 from fedtrust import views
 from fedtrust.client import Behaviour, ClientMemory, Predict, View, overrides
+from fedtrust.data.base import Task
 from fedtrust.engine import seeds
 from fedtrust.engine.fused import fused_forward
 from fedtrust.engine.world import Path, World
-from fedtrust.interrupt import STOP, Stopped
+from fedtrust.interrupt import Stopped
 
 #: Above this many parameters a model without a fused form trains faster one at a time than under vmap on a CPU.
 LOOP_ABOVE = 1_000_000
@@ -93,14 +96,14 @@ def train(world: World, chunk: Chunk) -> Trained:
         tuple(r.task.client for r in done),
         torch.stack(updates).cpu() if updates else torch.zeros(0, world.layout.size),
         torch.stack(losses).cpu() if losses else torch.zeros(0),
-        tuple(r.view.memory for r in done),
+        tuple({name: value.cpu() for name, value in r.view.memory.items()} for r in done),
         faults,
     )
 
 
 def schedule(samples: int, batch_size: int, epochs: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:
     """Return which samples make up each local batch, [steps, batch_size]; see the module's docstring."""
-    steps = math.ceil(epochs * samples / batch_size)
+    steps = max(epochs, math.ceil(epochs * samples / batch_size))
     passes = math.ceil(steps * batch_size / samples)
     order = np.concatenate([rng.permutation(samples) for _ in range(passes)])
     return order[: steps * batch_size].reshape(steps, batch_size)
@@ -125,11 +128,12 @@ def _prepare(world: World, chunk: Chunk) -> tuple[list[_Ready], dict[int, str]]:
         x, y = _client_data(world, task.client)
         try:
             if overrides(task.behaviour, "poison"):
-                x, y = _checked(task.behaviour.poison(x, y, view), x, y)
+                x, y = _checked(task.behaviour.poison(x, y, view), x, y, world.data.task)
+                views.check_memory(view.memory, task.memory)
             rng = seeds.stream(world.seed, "batches", chunk.round, task.client)
             batches = torch.from_numpy(schedule(len(x), world.batch_size, world.epochs, rng)).to(world.device)
             ready.append(_Ready(task, view, x, y, batches))
-        except Exception as error:  # a student's hook may raise anything
+        except (Exception, SystemExit) as error:  # a student's hook may raise anything
             faults[task.client] = _say("poison", error)
     ready.sort(key=lambda r: (-len(r.batches), r.task.client))
     return ready, faults
@@ -140,13 +144,17 @@ def _client_data(world: World, client: int) -> tuple[Tensor, Tensor]:
     return world.data.x[rows], world.data.y[rows]
 
 
-def _checked(result: Any, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+def _checked(result: Any, x: Tensor, y: Tensor, task: Task) -> tuple[Tensor, Tensor]:
     new_x, new_y = result
     if new_x.shape[1:] != x.shape[1:] or len(new_x) != len(new_y) or len(new_x) == 0:
         raise ValueError(
             f"returned x {list(new_x.shape)} and y {list(new_y.shape)}, expected [b, {', '.join(map(str, x.shape[1:]))}] and [b]"
         )
-    return new_x.detach().to(x.dtype), new_y.detach().to(y.dtype)
+    if new_x.dtype != x.dtype or new_y.dtype != y.dtype:
+        raise TypeError(f"returned x {new_x.dtype} and y {new_y.dtype}, expected {x.dtype} and {y.dtype}")
+    if task.kind == "classification" and not 0 <= int(new_y.min()) <= int(new_y.max()) < task.classes:
+        raise ValueError(f"returned labels from {int(new_y.min())} to {int(new_y.max())}, the classes are 0 to {task.classes - 1}")
+    return new_x.detach().to(x.device), new_y.detach().to(y.device)
 
 
 def _attempt(world: World, chunk: Chunk, ready: list[_Ready], faults: dict[int, str]) -> tuple[list[Tensor], list[Tensor], list[_Ready]]:
@@ -158,7 +166,7 @@ def _attempt(world: World, chunk: Chunk, ready: list[_Ready], faults: dict[int, 
         trainer = {"loop": _train_loop, "vmap": _train_blocks, "fused": _train_blocks}[choose_path(world, behaviour)]
         updates, losses = trainer(world, chunk, ready)
         return list(updates), list(losses), ready
-    except Exception as error:  # whatever a student's loss raises
+    except (Exception, SystemExit) as error:  # whatever a student's loss raises
         if len(ready) == 1:
             faults[ready[0].task.client] = _say("training", error)
             return [], [], []
@@ -166,12 +174,17 @@ def _attempt(world: World, chunk: Chunk, ready: list[_Ready], faults: dict[int, 
     return ([u for p in parts for u in p[0]], [v for p in parts for v in p[1]], [r for p in parts for r in p[2]])
 
 
+#: For each training thread, under `event`, what its executor sets when it wants the thread to stop.
+STOP = threading.local()
+
+
 def _go_on() -> None:
-    if STOP.is_set():
+    event = getattr(STOP, "event", None)
+    if event is not None and event.is_set():
         raise Stopped
 
 
-def _say(stage: str, error: Exception) -> str:
+def _say(stage: str, error: BaseException) -> str:
     text = " ".join(str(error).split())
     return f"{stage}: {type(error).__name__}: {text}"[:300]
 

@@ -173,8 +173,8 @@ def stock_check(name: str, params: Mapping[str, Any]) -> type[Strategy]:
     if name in _REFUSED:
         raise InputError(f"flwr:{name} cannot run here: {_REFUSED[name]}")
     strategy: type[Strategy] = getattr(stock, name)
-    signature = inspect.signature(strategy.__init__).parameters
-    known = [p for p in signature if p not in _OURS and signature[p].kind is not inspect.Parameter.VAR_KEYWORD]
+    signature = {p.name: p for p in stock_parameters(strategy)}
+    known = list(signature)
     for given in params:
         if given not in known:
             allowed = ", ".join(known) or "none"
@@ -183,6 +183,12 @@ def stock_check(name: str, params: Mapping[str, Any]) -> type[Strategy]:
     if missing:
         raise InputError(f"flwr:{name} needs parameter '{missing[0]}'", missing[0])
     return strategy
+
+
+def stock_parameters(strategy: type[Strategy]) -> list[inspect.Parameter]:
+    """Return the parameters of a stock strategy that a scenario may set."""
+    found = inspect.signature(strategy.__init__).parameters.values()
+    return [p for p in found if p.name not in _OURS and p.kind is not inspect.Parameter.VAR_KEYWORD]
 
 
 def stock_strategy(name: str, params: Mapping[str, Any], assumed_malicious: int) -> Strategy:

@@ -42,7 +42,8 @@ class CohortGrid(Grid):
 
     Attributes:
         losses: client → mean training loss of its last round, as trained (a teacher's view; the replies carry the same number).
-        memories: client → what it remembers.
+        memories: what clients and coalitions remember, by whose it is: `honest/3` is what client 3 keeps while it is honest, `0/3` what
+            it keeps for the first adversary, `0` what that adversary's coalition keeps together.
     """
 
     def __init__(self, world: World, roster: Roster, executor: Executor, *, stock: bool) -> None:
@@ -61,13 +62,14 @@ class CohortGrid(Grid):
         self._sent = 0
         self._replies: dict[str, Message] = {}
         self._defence: Defence | None = None
-        self.memories: dict[int, ClientMemory] = {}
+        self.memories: dict[str, ClientMemory] = {}
         self.losses: dict[int, float] = {}
 
     def begin(self, round_number: int, cohort: Sequence[int], defence: Defence | None = None) -> None:
         """Start a round: only `cohort` can be reached; `defence` is the server's rule for those who are granted it."""
         self._round, self._cohort, self._defence = round_number, list(cohort), defence
         self._replies.clear()
+        self.losses.clear()
 
     def get_node_ids(self) -> Iterable[int]:
         """Return the clients that can be reached this round; a node's id is its client's."""
@@ -98,10 +100,23 @@ class CohortGrid(Grid):
         server = {k: v for k, v in records.items() if k != flower.ARRAYS}
         extras = {name: record.flat for name, record in server.items() if isinstance(record, flower.FlatRecord)}
         behaviour, rank, recruits = self._behaviour(client, flower.config(message.content))
-        memory = self.memories.get(client)
-        if memory is None:
-            memory = behaviour.remember(self._world.layout.size)
+        memory = self._memory(f"{self._owner(client)}/{client}", behaviour)
         return _Order(message, params, extras, ClientTask(client, behaviour, memory, rank, recruits))
+
+    def _owner(self, client: int) -> str:
+        group = self._roster.group(client, self._round)
+        return "honest" if group is None else str(self._roster.groups.index(group))
+
+    def _memory(self, owner: str, behaviour: Behaviour) -> ClientMemory:
+        known = self.memories.get(owner)
+        if known is not None:
+            return known
+        try:
+            first = dict(behaviour.remember(self._world.layout.size))
+            views.check_memory(first, first)
+        except (Exception, SystemExit) as error:  # a student's hook may raise anything
+            raise RunError(f"`remember` of {type(behaviour).__name__} fails: {type(error).__name__}: {error}") from error
+        return first
 
     def _behaviour(self, client: int, config: Mapping[str, Any]) -> tuple[Behaviour, int, int]:
         group = self._roster.group(client, self._round)
@@ -131,25 +146,30 @@ class CohortGrid(Grid):
             rows[client] = result.updates[i]
             self.losses[client] = float(result.losses[i])
             if result.memories[i]:
-                self.memories[client] = result.memories[i]
+                self.memories[f"{self._owner(client)}/{client}"] = result.memories[i]
 
     def _craft(self, orders: Sequence[_Order], rows: dict[int, Tensor], faults: dict[int, str]) -> None:
-        """Let those whose behaviour changes the update do so: honest clients alone, adversaries with what they may know."""
+        """Let those whose behaviour changes the update do so: honest clients first and alone, then adversaries with what they may know."""
         trained = [o for o in orders if o.task.client in rows]
+        crafting = [o for o in trained if overrides(o.task.behaviour, "craft")]
         acting = {o.task.client: self._roster.group(o.task.client, self._round) for o in trained}
-        honest = [rows[o.task.client] for o in trained if acting[o.task.client] is None]
-        others = torch.stack(honest) if honest else torch.zeros(0, self._world.layout.size)
-        parties: list[tuple[Group | None, list[_Order]]] = []
-        for order in trained:
+        nothing = torch.zeros(0, self._world.layout.size)
+        for order in crafting:
+            if acting[order.task.client] is None:
+                self._craft_party(None, [order], rows, nothing, faults)
+        parties: list[tuple[Group, list[_Order]]] = []
+        for order in crafting:
             group = acting[order.task.client]
-            if not overrides(order.task.behaviour, "craft"):
+            if group is None:
                 continue
-            alone = group is None or group.knowledge == "own"
-            party = None if alone else next((p for g, p in parties if g is group), None)
+            party = None if group.knowledge == "own" else next((p for g, p in parties if g is group), None)
             if party is None:
                 parties.append((group, [order]))
             else:
                 party.append(order)
+        honest = [rows[c] for c, group in acting.items() if group is None and c in rows]
+        sees = any(views.at_least(group.knowledge, "omniscient") for group, _ in parties)
+        others = torch.stack(honest) if sees and honest else nothing
         for group, party in parties:
             self._craft_party(group, party, rows, others, faults)
 
@@ -157,9 +177,10 @@ class CohortGrid(Grid):
         self, group: Group | None, party: list[_Order], rows: dict[int, Tensor], others: Tensor, faults: dict[int, str]
     ) -> None:
         knowledge = "own" if group is None else group.knowledge
-        keeper = party[0].task.client if group is None or knowledge == "own" else group.members[0]
-        behaviour = party[0].task.behaviour
-        memory = dict(self.memories.get(keeper) or behaviour.remember(self._world.layout.size))
+        client, behaviour = party[0].task.client, party[0].task.behaviour
+        keeper = f"{self._owner(client)}/{client}" if knowledge == "own" else self._owner(client)
+        known = self._memory(keeper, behaviour)
+        memory = {name: value.clone() for name, value in known.items()}
         view = views.crafting_view(
             self._world, self._round, party[0].params, party[0].server, [o.task for o in party], knowledge, memory, others, self._defence
         )
@@ -168,14 +189,17 @@ class CohortGrid(Grid):
             crafted = behaviour.craft(given.clone(), view)
             if crafted.shape != given.shape:
                 raise ValueError(f"returned shape {list(crafted.shape)}, expected {list(given.shape)}")
-            crafted = crafted.detach().to(torch.float32)
-        except Exception as error:  # a student's hook may raise anything
+            views.check_memory(view.memory, known)
+            if crafted.dtype != torch.float32:
+                raise TypeError(f"returned {crafted.dtype}, expected torch.float32")
+            crafted = crafted.detach().cpu()
+        except (Exception, SystemExit) as error:  # a student's hook may raise anything
             for order in party:
                 del rows[order.task.client]
                 faults[order.task.client] = f"craft: {type(error).__name__}: {' '.join(str(error).split())}"[:300]
             return
         if view.memory:
-            self.memories[keeper] = view.memory
+            self.memories[keeper] = {name: value.detach().cpu() for name, value in view.memory.items()}
         for i, order in enumerate(party):
             rows[order.task.client] = crafted[i]
 
@@ -195,7 +219,7 @@ class CohortGrid(Grid):
             if sent is None:
                 return None
             return flower.answer(order.message, _record(sent.arrays), sent.examples, loss)
-        except Exception as error:  # a student's hook may raise anything
+        except (Exception, SystemExit) as error:  # a student's hook may raise anything
             return flower.failure(order.message, f"reply: {type(error).__name__}: {' '.join(str(error).split())}"[:300])
 
     # The rest of Flower's interface, for strategies that push and pull by themselves.

@@ -31,6 +31,10 @@ class Valid(NamedTuple):
     faults: dict[int, str]
 
 
+#: A larger number in an update is a fault like NaN: a few of them would make sums and norms overflow float32.
+LARGEST = 1e15
+
+
 def validate(replies: Iterable[Message | None], registered: Mapping[int, int], layout: Layout) -> Valid:
     """Sort the replies of a round into good and bad.
 
@@ -86,7 +90,7 @@ def _wrong_examples(claimed: object, registered: int) -> str | None:
 def _wrong_arrays(record: ArrayRecord, layout: Layout) -> str | None:
     if isinstance(record, FlatRecord):
         values = record.flat if record.delta is None else record.delta
-        return None if _finite(values) else _not_finite(values)
+        return None if _sane(values) else _not_sane(values)
     names = tuple(record.keys())
     if names != layout.names:
         missing, extra = set(layout.names) - set(names), set(names) - set(layout.names)
@@ -105,14 +109,16 @@ def _wrong_arrays(record: ArrayRecord, layout: Layout) -> str | None:
     for name, shape, array in zip(layout.names, layout.shapes, arrays, strict=True):
         if tuple(array.shape) != shape or array.dtype != torch.float32:
             return f"parameter '{name}' is not the {list(shape)} float32 array that it says it is"
-        if not _finite(array):
-            return _not_finite(array)
+        if not _sane(array):
+            return _not_sane(array)
     return None
 
 
-def _finite(values: Tensor) -> bool:
-    return bool(torch.isfinite(values).all())
+def _sane(values: Tensor) -> bool:
+    return bool((values.abs() <= LARGEST).all())  # false for NaN as well
 
 
-def _not_finite(values: Tensor) -> str:
-    return "NaN in the update" if bool(torch.isnan(values).any()) else "infinite value in the update"
+def _not_sane(values: Tensor) -> str:
+    if bool(torch.isnan(values).any()):
+        return "NaN in the update"
+    return "infinite value in the update" if bool(torch.isinf(values).any()) else f"value above {LARGEST:g} in the update"

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import os
+import queue
+import threading
+import time
 import warnings
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Any, Protocol
 
 import torch
 
 from fedtrust.engine import threads
-from fedtrust.engine.cohort import Chunk, Trained, train
+from fedtrust.engine.cohort import STOP, Chunk, Trained, train
 from fedtrust.engine.world import World
 from fedtrust.errors import InputError, RunError
-from fedtrust.interrupt import STOP
 
 #: Stands for the model in a chunk on its way to a worker; the model itself crosses once a round.
 _NO_PARAMS = torch.zeros(0)
@@ -36,13 +38,57 @@ class Executor(Protocol):
         """Leave no thread or process behind."""
 
 
-class LocalExecutor:
-    """Workers are threads of this process; tensor operations release Python's lock."""
+#: Seconds that a training thread gets to finish its step when the executor closes.
+_PATIENCE = 3.0
 
-    def __init__(self, workers: int | None = None) -> None:
+
+class _Crew:
+    """Daemon threads that train chunks from a queue; a crew that hangs can be given up and does not keep the process alive."""
+
+    def __init__(self, workers: int) -> None:
+        self.stop = threading.Event()
+        self._jobs: queue.SimpleQueue[tuple[Future[Trained], World, Chunk] | None] = queue.SimpleQueue()
+        self._threads = [threading.Thread(target=self._work, name=f"fedtrust-{i}", daemon=True) for i in range(workers)]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, world: World, chunk: Chunk) -> Future[Trained]:
+        """Queue a chunk."""
+        future: Future[Trained] = Future()
+        self._jobs.put((future, world, chunk))
+        return future
+
+    def _work(self) -> None:
+        torch.set_num_threads(1)
+        STOP.event = self.stop
+        while (job := self._jobs.get()) is not None and not self.stop.is_set():
+            future, world, chunk = job
+            try:
+                future.set_result(train(world, chunk))
+            except BaseException as error:  # handed to whoever waits
+                future.set_exception(error)
+
+    def dismiss(self, patience: float) -> None:
+        """Tell every thread to stop before its next step, and wait so many seconds for it in all."""
+        self.stop.set()
+        for _ in self._threads:
+            self._jobs.put(None)
+        end = time.monotonic() + patience
+        for thread in self._threads:
+            thread.join(max(0.0, end - time.monotonic()))
+
+
+class LocalExecutor:
+    """Workers are threads of this process; tensor operations release Python's lock.
+
+    A chunk that is not done within the deadline is given up with its thread, and its clients are dropped by name.
+    """
+
+    def __init__(self, workers: int | None = None, deadline: float = 600.0) -> None:
         threads.keep_memory()
-        self.workers = workers or threads.cores()
-        self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix="fedtrust", initializer=torch.set_num_threads, initargs=(1,))
+        self.workers = workers or (1 if torch.cuda.is_available() else threads.cores())
+        self._deadline = deadline
+        self._crew = _Crew(self.workers)
         self._world: World | None = None
 
     def describe(self) -> str:
@@ -54,21 +100,29 @@ class LocalExecutor:
         self._world = world.on("cuda" if torch.cuda.is_available() else "cpu")
 
     def run(self, chunks: Sequence[Chunk]) -> list[Trained]:
-        """Train the chunks, the largest first, and return the results in the given order."""
+        """Train the chunks in the given order of starts and results."""
         world = self._world
         if world is None:
             raise RuntimeError("open() first")
         with threads.using(1):
-            futures = [self._pool.submit(train, world, chunk) for chunk in chunks]
-            return [f.result() for f in futures]
+            futures = [self._crew.submit(world, chunk) for chunk in chunks]
+            pending = set(futures)
+            while pending:
+                done, pending = wait(pending, timeout=self._deadline, return_when=FIRST_COMPLETED)
+                if not done:
+                    self._give_up()
+                    break
+            lost = f"no answer within {self._deadline:g} s"
+            return [f.result() if f.done() else _lost(chunk, lost) for f, chunk in zip(futures, chunks, strict=True)]
+
+    def _give_up(self) -> None:
+        """Leave threads that hang to themselves and go on with new ones."""
+        self._crew.dismiss(0.0)
+        self._crew = _Crew(self.workers)
 
     def close(self) -> None:
         """Leave no thread behind; one that is still training stops before its next step."""
-        STOP.set()
-        try:
-            self._pool.shutdown(wait=True, cancel_futures=True)
-        finally:
-            STOP.clear()
+        self._crew.dismiss(_PATIENCE)
 
 
 class RayExecutor:
@@ -84,9 +138,13 @@ class RayExecutor:
         self._started = not self._ray.is_initialized()
         if self._started:
             self._start(workers, address)
-        gpus = int(self._ray.cluster_resources().get("GPU", 0))
-        self.workers = workers or (gpus or max(1, int(self._ray.cluster_resources().get("CPU", 1))))
-        self._options = {"num_gpus": 1, "num_cpus": 1} if gpus else {"num_cpus": 1}
+        resources = self._ray.cluster_resources()
+        gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
+        self.workers = workers or (gpus or max(1, cpus))
+        if self.workers > cpus:
+            raise InputError(f"the Ray cluster has {cpus} CPUs (got {self.workers} workers)", "--workers")
+        # More workers than GPUs share them.
+        self._options = {"num_cpus": 1.0} | ({"num_gpus": min(1.0, gpus / self.workers)} if gpus else {})
         self._actors: list[Any] = []
         self._world_ref: Any = None
 
@@ -131,7 +189,7 @@ class RayExecutor:
         tries = [0] * len(chunks)
         waiting = list(range(len(chunks)))
         free = list(range(len(self._actors)))
-        running: dict[Any, tuple[int, int]] = {}
+        running: dict[Any, tuple[int, int, float]] = {}
         while waiting or running:
             while waiting and free:
                 number, worker = waiting.pop(0), free.pop(0)
@@ -139,10 +197,11 @@ class RayExecutor:
                 if id(chunk.params) not in shared:
                     shared[id(chunk.params)] = self._ray.put(chunk.params.numpy())
                 call = self._actors[worker].train.remote(shared[id(chunk.params)], chunk._replace(params=_NO_PARAMS))
-                running[call] = (number, worker)
-            done, _ = self._ray.wait(list(running), num_returns=1, timeout=self._deadline)
-            for future in done or list(running):  # nothing in time: every running chunk is past its deadline
-                number, worker = running.pop(future)
+                running[call] = (number, worker, time.monotonic() + self._deadline)
+            first = min(end for _, _, end in running.values())
+            done, _ = self._ray.wait(list(running), num_returns=1, timeout=max(0.0, first - time.monotonic()))
+            for future in done or [f for f, (_, _, end) in running.items() if end <= time.monotonic()]:
+                number, worker, _ = running.pop(future)
                 outcome = self._collect(future, late=not done)
                 if isinstance(outcome, Trained):
                     results[number] = outcome
@@ -248,7 +307,7 @@ def make(engine: str, workers: int | None, address: str | None, deadline: float,
     if workers is not None and workers < 1:
         raise InputError(f"needs at least one worker (got {workers})", "--workers")
     if engine == "local":
-        return LocalExecutor(workers)
+        return LocalExecutor(workers, deadline)
     if engine == "ray":
         return RayExecutor(workers, address, deadline, retries)
     raise InputError(f"unknown engine '{engine}' (allowed: auto, local, ray)", "--engine")

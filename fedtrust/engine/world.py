@@ -17,6 +17,21 @@ Path = Literal["auto", "loop", "vmap", "fused"]
 Criterion = Callable[[Tensor, Tensor], Tensor]
 
 
+class Architecture:
+    """A model's architecture as a function `(params [d], x [b, *shape]) -> [b, C]`; holds no data, so it can be handed to anybody.
+
+    Not for two threads at once: the parameters stand in the module while it runs.
+    """
+
+    def __init__(self, module: nn.Module, layout: Layout) -> None:
+        self._module, self._layout = module, layout
+
+    def __call__(self, params: Tensor, x: Tensor) -> Tensor:
+        """Return the outputs [b, C]."""
+        result: Tensor = functional_call(self._module, self._layout.unflatten(params), (x,))
+        return result
+
+
 @dataclass(frozen=True)
 class World:
     """Everything about a run that does not change from round to round; sent to a worker once.
@@ -50,13 +65,10 @@ class World:
 
     layout: Layout = None  # type: ignore[assignment]  # derived from the module
 
-    def model(self, params: Tensor, x: Tensor) -> Tensor:
-        """Return the outputs [b, C] of the architecture with parameters `params` [d] for samples `x` [b, *shape].
-
-        Not for two threads at once: the parameters stand in the module while it runs.
-        """
-        result: Tensor = functional_call(self.module, self.layout.unflatten(params), (x,))
-        return result
+    @property
+    def model(self) -> Architecture:
+        """The architecture as a function."""
+        return Architecture(self.module, self.layout)
 
     def predict(self, params: Tensor, x: Tensor, batch: int = 512) -> Tensor:
         """Return the outputs [n, C] without gradients, a batch of samples at a time."""
@@ -71,5 +83,8 @@ class World:
         """Return this world with its module and samples on a device."""
         if device == self.device:
             return self
+        if device.startswith("cuda"):  # the same bits in every run, and the precision that the CPU has
+            torch.backends.cudnn.deterministic = True
+            torch.backends.cudnn.allow_tf32 = False
         data = replace(self.data, x=self.data.x.to(device), y=self.data.y.to(device))
         return replace(self, data=data, module=self.module.to(device), device=device)

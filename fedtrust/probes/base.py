@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 from torch import Generator, Tensor
 
 from fedtrust.data.base import FederatedData, Task
@@ -73,7 +72,7 @@ class ProbeContext:
         params: the global model [d].
         model: the architecture, `model(params [d], x)`; differentiable.
         clients: whose replies the server used, sorted.
-        updates: what the protocol showed the server of them [n, d].
+        updates: what the protocol showed the server of them [n, d]; for a teacher only if the probe declares `updates=True`.
         trust: the strategy's trust in each of `clients` [n]; `None` also where the rule has no such notion.
         test: the test samples (x, y).
         data: all clients' data.
@@ -119,7 +118,8 @@ def probe(name: str, *, role: Role = "teacher", when: When = "round", paper: str
         role: who looks; decides what `ctx` holds.
         when: after every round, or at the end.
         paper: authors, venue, section.
-        meta: further declarations. `task="classification"` refuses a regression.
+        meta: further declarations. `task="classification"` refuses a regression; `updates=True` asks for `ctx.updates`, which are
+            gathered only for a probe that looks at them (a curious server always does).
     """
     return register("probe", name, role=role, when=when, paper=paper, **meta)
 
@@ -131,22 +131,10 @@ def need(value: Any, what: str) -> Any:
         PermissionError: it was not.
     """
     if value is None:
-        raise PermissionError(f"this probe's role does not see {what}")
+        raise PermissionError(f"this probe does not see {what}")
     return value
 
 
 def share(hits: Tensor) -> float:
     """Return the share of true values; NaN-free: an empty tensor counts as 0."""
     return float(hits.double().mean()) if hits.numel() else 0.0
-
-
-def finite(value: float) -> float:
-    """Return a metric as a plain float.
-
-    Raises:
-        ValueError: it is not finite; JSON has no such number.
-    """
-    number = float(value)
-    if not np.isfinite(number):
-        raise ValueError(f"metric is {number}")
-    return number

@@ -9,6 +9,7 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
@@ -278,9 +279,15 @@ def _runs(rounds: list[int]) -> str:
     return ", ".join(str(a) if a == b else f"{a}–{b}" for a, b in spans[:12]) + (", …" if len(spans) > 12 else "")
 
 
+def _from_here(path: Path) -> str:
+    """Return a folder as the user who stands where we stand would write it; elsewhere only its name, never a machine's paths."""
+    full, here = path.resolve(), Path.cwd()
+    return str(full.relative_to(here)) if full.is_relative_to(here) and full != here else full.name
+
+
 def command(folder: Folder) -> str:
     """The command that repeats the run from the scenario in its folder, with the plugins and the data folder that it was allowed."""
-    words = ["fedtrust", "run", f"{folder.path.resolve().name}/scenario.toml"]
+    words = ["fedtrust", "run", f"{_from_here(folder.path)}/scenario.toml"]
     plugins, root = folder.environment.get("plugins"), folder.environment.get("data_root")
     for name in plugins if isinstance(plugins, list) else []:
         words += ["--allow-plugin", name] if isinstance(name, str) else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Callable
@@ -52,16 +53,25 @@ def test_paths_agree_for_every_model(small: Callable[..., Scenario], model: str)
 def test_the_loop_is_plain_pytorch(small: Callable[..., Scenario]) -> None:
     """The reference itself against ten lines of PyTorch on the same batches."""
     world = build(small(model="mlp", clients={"train": {"momentum": 0.9, "epochs": 2}})).world
-    result = on_path(world, "loop", chunk_of(world, REGISTRY.make("behaviour", "honest"), 1))
-    x, y = world.data.client(0)
-    module = world.module
-    start = world.layout.vector(module)
-    optimiser = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
-    for batch in torch.from_numpy(schedule(len(x), 16, 2, seeds.stream(world.seed, "batches", 1, 0))):
-        optimiser.zero_grad()
-        torch.nn.functional.cross_entropy(module(x[batch]), y[batch]).backward()
-        optimiser.step()
-    torch.testing.assert_close(result.updates[0], world.layout.vector(module) - start, atol=1e-6, rtol=1e-5)
+    result = on_path(world, "loop", chunk_of(world, REGISTRY.make("behaviour", "honest"), 3))
+    for client in range(3):
+        x, y = world.data.client(client)
+        module = copy.deepcopy(world.module)
+        start = world.layout.vector(module)
+        optimiser = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
+        losses = []
+        for batch in torch.from_numpy(schedule(len(x), 16, 2, seeds.stream(world.seed, "batches", 1, client))):
+            optimiser.zero_grad()
+            loss = torch.nn.functional.cross_entropy(module(x[batch]), y[batch])
+            loss.backward()
+            losses.append(loss.item())
+            optimiser.step()
+        row = result.clients.index(client)
+        torch.testing.assert_close(result.updates[row], world.layout.vector(module) - start, atol=1e-6, rtol=1e-5)
+        assert float(result.losses[row]) == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    for path in ("vmap", "fused"):
+        other = on_path(world, path, chunk_of(world, REGISTRY.make("behaviour", "honest"), 3))
+        torch.testing.assert_close(other.losses, result.losses[[result.clients.index(c) for c in other.clients]], atol=1e-5, rtol=1e-4)
 
 
 def test_batched_training_is_the_same_in_any_chunk(small: Callable[..., Scenario]) -> None:
@@ -72,14 +82,18 @@ def test_batched_training_is_the_same_in_any_chunk(small: Callable[..., Scenario
     torch.testing.assert_close(together[:1], alone, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("n", "batch", "epochs"), [(10, 5, 1), (11, 5, 1), (3, 8, 1), (7, 4, 3), (1, 4, 2)])
+@pytest.mark.parametrize(("n", "batch", "epochs"), [(10, 5, 1), (11, 5, 1), (3, 8, 1), (7, 4, 3), (1, 4, 2), (10, 5, 3)])
 def test_schedule(n: int, batch: int, epochs: int) -> None:
     rows = schedule(n, batch, epochs, seeds.stream(0, "batches", 1, 1))
-    assert rows.shape == (math.ceil(epochs * n / batch), batch)
+    assert rows.shape == (max(epochs, math.ceil(epochs * n / batch)), batch)
     counts = np.bincount(rows.ravel(), minlength=n)
     assert counts.min() >= epochs  # every sample is seen in every pass …
     assert counts.max() - counts.min() <= 1  # … and filling up is even
     assert np.array_equal(rows, schedule(n, batch, epochs, seeds.stream(0, "batches", 1, 1)))
+    if batch % n == 0 or n % batch == 0:
+        passes = rows.reshape(-1, n)
+        assert all(sorted(p) == list(range(n)) for p in passes)  # whole passes, laid end to end …
+        assert n < 5 or epochs < 2 or len({tuple(p) for p in passes}) > 1  # … each in an order of its own
     if n > 3:
         assert not np.array_equal(rows, schedule(n, batch, epochs, seeds.stream(0, "batches", 2, 1)))
 
@@ -93,7 +107,10 @@ class Fails(Behaviour):
     def poison(self, x: Tensor, y: Tensor, view: View) -> tuple[Tensor, Tensor]:
         if self.hook == "poison" and view.client == 1:
             raise ValueError("no data for you")
-        return (x, y[:-1]) if self.hook == "lengths" and view.client == 1 else (x, y)
+        if self.hook == "memory":
+            view.memory["made up"] = torch.zeros(1)
+        wrong = {"lengths": (x, y[:-1]), "dtype": (x, y.float() * 0.9), "labels": (x, y + 10)}.get(self.hook)
+        return wrong if wrong is not None and view.client == 1 else (x, y)
 
     def loss(self, predict: Predict, x: Tensor, y: Tensor, view: View) -> Tensor:
         if self.hook == "loss":
@@ -105,10 +122,11 @@ class Fails(Behaviour):
 def test_a_raising_client_costs_only_itself(small: Callable[..., Scenario], path: str) -> None:
     world = build(small()).world
     good = on_path(world, path, chunk_of(world, Fails(hook="none"), 3))
-    for hook in ("poison", "lengths"):
+    assert set(on_path(world, path, chunk_of(world, Fails(hook="memory"), 3)).faults) == {0, 1, 2}
+    for hook, error in (("poison", "ValueError"), ("lengths", "ValueError"), ("dtype", "TypeError"), ("labels", "ValueError")):
         bad = on_path(world, path, chunk_of(world, Fails(hook=hook), 3))
         assert set(bad.faults) == {1}
-        assert "poison: ValueError" in bad.faults[1]
+        assert f"poison: {error}" in bad.faults[1]
         assert set(bad.clients) == {0, 2}
         kept = [good.clients.index(c) for c in bad.clients]
         torch.testing.assert_close(bad.updates, good.updates[kept], atol=1e-5, rtol=1e-4)

@@ -189,8 +189,12 @@ def test_different_clients_may_be_sent_different_models(small: Small) -> None:
     sent = [Message(content=r, message_type="train", dst_node_id=i) for i, r in enumerate(records)]
     replies = list(grid.send_and_receive(sent))
     executor.close()
-    bases = [next(iter(m.content.array_records.values())).flat - delta(m) for m in replies]  # type: ignore[attr-defined]
-    torch.testing.assert_close(bases[0] * 3, bases[1], atol=1e-5, rtol=1e-4)
+    for scale, client in ((1, 0), (3, 1)):
+        alone = dataclasses.replace(setup, params=setup.params * scale)
+        one, executor = grid_of(setup, Roster(8, REGISTRY.make("behaviour", "honest")))
+        expected = delta(ask(one, alone, [client])[client])
+        executor.close()
+        torch.testing.assert_close(delta(replies[client]), expected, atol=1e-6, rtol=1e-5)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

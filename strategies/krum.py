@@ -53,6 +53,7 @@ def _krum_needs(facts: PipelineFacts) -> str | None:
 def krum(updates: Tensor, ctx: AggContext) -> Verdict:
     """Take the one update that is closest to its n − f − 2 nearest neighbours.
 
+    Needs n ≥ 2f + 3, with f what the defender assumes.
     The paper's n − f − 2 (some libraries sum n − f − 1). Ties go to the smallest client id.
     """
     best = krum_scores(updates, ctx.assumed_malicious).argsort(stable=True)[:1]
@@ -61,7 +62,10 @@ def krum(updates: Tensor, ctx: AggContext) -> Verdict:
 
 @aggregator("multi-krum", needs=_krum_needs, paper="Blanchard et al., NeurIPS 2017, section 5 (m-Krum)")
 def multi_krum(updates: Tensor, ctx: AggContext, *, m: int | None = None) -> Verdict:
-    """Average the `m` updates with the best Krum scores; `m` defaults to n − f."""
+    """Average the `m` updates with the best Krum scores; `m` defaults to n − f.
+
+    Needs n ≥ 2f + 3, with f what the defender assumes. All scores are computed once, as in the paper; ties go to the smallest client id.
+    """
     f, n = ctx.assumed_malicious, len(updates)
     if m is not None and m > n:
         raise TooFewError(f"cannot select m = {m} of {n} updates")

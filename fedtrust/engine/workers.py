@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import queue
+import socket
 import threading
 import time
 import warnings
@@ -151,6 +152,7 @@ class RayExecutor:
     def _start(self, workers: int | None, address: str | None) -> None:
         settings: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False, "include_dashboard": False}
         if address:
+            _reachable(address)
             settings = {"address": address, "logging_level": "ERROR", "log_to_driver": False}
         else:
             settings |= {"num_cpus": max(workers or 1, threads.cores()), "object_store_memory": 512 * 1024**2}
@@ -238,6 +240,17 @@ class RayExecutor:
             self._ray.shutdown()
 
 
+def _reachable(address: str) -> None:
+    """Refuse a cluster that nobody answers for: Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        return  # `auto` and the like are Ray's to understand
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+    except (OSError, OverflowError) as error:
+        raise InputError(f"nothing answers at {address}: {error}", "--ray-address") from None
+
+
 class _Worker:
     """The actor's class: holds the world, trains chunks."""
 
@@ -306,6 +319,8 @@ def make(engine: str, workers: int | None, address: str | None, deadline: float,
     """Return the executor for an engine's name."""
     if workers is not None and workers < 1:
         raise InputError(f"needs at least one worker (got {workers})", "--workers")
+    if address and engine != "ray":
+        raise InputError(f"goes with --engine ray, not with {engine}", "--ray-address")
     if engine == "local":
         return LocalExecutor(workers, deadline)
     if engine == "ray":

@@ -191,13 +191,13 @@ def _matrix(summary: MatrixSummary) -> list[str]:
     every = duels(summary)
     fights = [duel for duel in every if not is_none(duel.attack, summary.threats)]
     calm = [duel for duel in every if is_none(duel.attack, summary.threats)]
-    said = [_headline(fights, calm)]
+    said = [*_hardly_learnt(fights, calm), _headline(fights, calm)]
     for attack in dict.fromkeys(duel.attack for duel in fights):
         mine = worst(duel for duel in fights if duel.attack == attack)
         judged = [duel for duel in mine if duel.outcome != "unknown"]
         said += [_duel_sentence(attack, judged, summary.threats.get(attack, []))] if judged else _unjudged(attack, mine)
     said += _partitions(fights)
-    if calm and len(said) > 1:
+    if calm and fights:
         said += _calm(calm)
     return [sentence for sentence in said if sentence] + _caveats(summary, fights, calm)
 
@@ -327,16 +327,19 @@ def _calm(calm: list[Duel]) -> list[str]:
     return [f"Without an attack accuracy lies between {percent(least)} ({last}) and {percent(best)} ({first})."]
 
 
+def _hardly_learnt(fights: list[Duel], calm: list[Duel]) -> list[str]:
+    """The headline of a matrix in which nothing can be judged yet."""
+    best = max((duel.accuracy for duel in calm if duel.accuracy is not None), default=None)
+    if not fights or best is None or best >= LEARNT:
+        return []
+    return [f"Nothing can be judged yet: even without an attack the best rule reaches only {percent(best)}, the model has hardly learnt."]
+
+
 def _caveats(summary: MatrixSummary, fights: list[Duel], calm: list[Duel]) -> list[str]:
     said = []
     if fights and not calm:
         said.append(
             "No cell was played without an attack, so what the attacks cost in accuracy cannot be said; only attack success is judged."
-        )
-    best = max((duel.accuracy for duel in calm if duel.accuracy is not None), default=None)
-    if fights and best is not None and best < LEARNT:
-        said.append(
-            f"Even without an attack the best rule reaches only {percent(best)}: the model has hardly learnt, and the verdict says little."
         )
     if broken := [cell for cell in summary.cells if not cell.ok]:
         which = _few(list(dict.fromkeys(f"{cell.attackers} against {cell.strategies}" for cell in broken)), 3)

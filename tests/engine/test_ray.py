@@ -200,6 +200,14 @@ def test_engines_that_do_not_exist(engine: str, count: int, message: str) -> Non
         workers.make(engine, count, None, 1.0, 0)
 
 
+def test_a_cluster_that_is_not_there_is_refused_at_once() -> None:
+    with pytest.raises(InputError, match="nothing answers at 127"):
+        workers._reachable("127.0.0.1:1")
+    workers._reachable("auto")
+    with pytest.raises(InputError, match="goes with --engine ray"):
+        workers.make("local", 1, "127.0.0.1:1", 1.0, 0)
+
+
 def test_auto_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     def pick(**changes: Any) -> tuple[str, str]:
         return workers.pick("auto", changes.get("clients", 10), changes.get("address"))

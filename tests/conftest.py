@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,10 @@ from typing import Any
 import pytest
 
 from fedtrust.scenario import Scenario, parse
+
+# Same bits on any number of workers is promised on the CPU; tests marked `gpu` are run with FEDTRUST_TEST_GPU=1.
+if not os.environ.get("FEDTRUST_TEST_GPU"):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 SMALL: dict[str, Any] = {
     "title": "small",

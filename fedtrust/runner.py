@@ -267,6 +267,8 @@ class _Game:
         record = records.round_record(
             number, asked, valid, quorum, why, metrics, rows, float((self._params - before).double().norm()), times
         )
+        if isinstance(strategy, FedTrustStrategy) and strategy.outcome and not why:
+            record["seconds"] |= {place: round(cost, 4) for place, cost in strategy.outcome.seconds.items()}
         return record, rows
 
     def _aggregate(self, valid: Valid, quorum: int, asked: int) -> str:

@@ -248,8 +248,8 @@ class EngineSpec(Spec):
 
     Attributes:
         path: one client at a time, `torch.func.vmap`, fused cohorts, or what is fastest.
-        deadline: seconds that one client may take.
-        retries: how often a client is tried again after its worker died.
+        deadline: seconds after which clients that are being trained together are given up.
+        retries: how often they are tried again after their Ray worker died.
     """
 
     path: Literal["auto", "loop", "vmap", "fused"] = "auto"

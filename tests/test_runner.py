@@ -337,6 +337,31 @@ def test_probes_share_the_models_output_but_not_their_randomness(small: Small, o
         assert draw != other
 
 
+def test_probes_at_the_end_and_the_truth_of_each_round(small: Small, out: Path, registered: Callable[..., None]) -> None:
+    """A probe for the end is asked once; who is malicious is said for the rounds in which they act, and no others."""
+    truths: dict[int, set[int]] = {}
+    ends: list[int] = []
+
+    def truth(ctx: ProbeContext) -> dict[str, float]:
+        assert ctx.truth is not None
+        truths[ctx.round] = set(ctx.truth.malicious)
+        return {}
+
+    def end(ctx: ProbeContext) -> dict[str, float]:
+        ends.append(ctx.round)
+        return {}
+
+    registered("probe", "truth", truth, role="teacher", when="round")
+    registered("probe", "end", end, role="teacher", when="end")
+    attackers = [{"behaviour": "sign-flip", "ids": [2, 5], "rounds": [2, 3]}]
+    strategy = {"filters": ["norm-clip"], "steps": ["fedavgm"]}
+    run(small(rounds=4, probes=["truth", "end"], attackers=attackers, strategy=strategy), out, engine="local")
+    assert truths == {0: set(), 1: set(), 2: {2, 5}, 3: {2, 5}, 4: set()}
+    assert ends == [4]
+    for record in lines(out)[1:]:
+        assert record["seconds"].keys() == {"train", "aggregate", "probe", "filters[0]", "aggregator", "steps[0]"}
+
+
 def test_noise_behind_a_clip_that_follows_the_data_is_refused(small: Small) -> None:
     with pytest.raises(InputError, match=r"steps\[0\].*fixed max_norm"):
         small(strategy={"filters": ["norm-clip"], "steps": ["gaussian-noise"]})

@@ -25,6 +25,7 @@ from fedtrust.registry import REGISTRY
 from fedtrust.runner import run
 from fedtrust.scenario import Scenario
 from fedtrust.setup import Setup, build
+from fedtrust.strategy import FedTrustStrategy
 
 Small = Callable[..., Scenario]
 
@@ -319,3 +320,15 @@ def test_our_strategy_is_a_flower_strategy(small: Small, tmp_path: Path) -> None
 
     expected = load_file(tmp_path / "a" / "model.safetensors")
     torch.testing.assert_close(flower.to_flat(result.arrays, setup.world.layout), setup.world.layout.flatten(expected), atol=0, rtol=0)
+
+
+def test_an_attackers_view_of_the_rule_is_the_rule_with_its_past(small: Small) -> None:
+    setup = build(small(strategy={"steps": [{"name": "fedavgm", "momentum": 0.5}]}))
+    strategy, size = setup.strategy, setup.world.layout.size
+    assert isinstance(strategy, FedTrustStrategy)
+    strategy.states = {"steps[0]": {"velocity": torch.full((size,), 4.0)}}
+    defence = strategy.preview(2, setup.params)
+    updates = torch.stack([torch.zeros(size), torch.full((size,), 2.0)])
+    for _ in range(2):  # asking does not change it
+        torch.testing.assert_close(defence(updates), torch.full((size,), 0.5 * 4.0 + 1.0))
+    assert bool((strategy.states["steps[0]"]["velocity"] == 4.0).all())

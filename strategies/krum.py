@@ -7,39 +7,24 @@ from torch import Tensor
 
 from fedtrust.errors import TooFewError
 from fedtrust.server import AggContext, PipelineFacts, Verdict, aggregator
-
-_COLUMNS = 1 << 16
-
-
-def squared_distances(updates: Tensor) -> Tensor:
-    """Return the squared Euclidean distances between the rows, float64 [n, n].
-
-    Computed from the Gram matrix of what is left after subtracting each coordinate's median, in float64: float32, or a centre that one
-    huge row could move, would lose small differences to cancellation.
-    """
-    n = len(updates)
-    gram = torch.zeros(n, n, dtype=torch.float64)
-    for block in torch.split(updates, _COLUMNS, dim=1):
-        wide = block.double()
-        wide = wide - wide.median(dim=0).values
-        gram += wide @ wide.T
-    norms = gram.diagonal()
-    distances = (norms[:, None] + norms[None, :] - 2 * gram).clamp(min=0)
-    return distances.fill_diagonal_(0)
+from fedtrust.strategies import blocks
+from fedtrust.strategies.distances import squared_distances
 
 
 def krum_scores(updates: Tensor, f: int) -> Tensor:
-    """Return each row's sum of squared distances to its n − f − 2 nearest other rows [n]; Blanchard et al., section 4.
+    """Return each row's sum of squared distances to its n − f − 2 nearest other rows, float64 [n]; Blanchard et al., section 4.
 
-    Rounded to 26 binary digits: scores that are equal by definition (copies of a row, pairs of nearest neighbours) come out of the
-    matrix product with different last digits, and ties must go to the smallest client id.
+    Scores that are equal by definition (copies of a row, pairs of nearest neighbours) are equal bit for bit: ties must go to the smallest
+    client id.
+
+    Raises:
+        TooFewError: n < 2f + 3.
     """
     n = len(updates)
     if n < 2 * f + 3:
         raise TooFewError(f"Krum needs n ≥ 2f + 3, got n = {n}, f = {f}")
     others = squared_distances(updates).fill_diagonal_(float("inf"))
-    mantissa, exponent = torch.frexp(others.sort(dim=1).values[:, : n - f - 2].sum(dim=1))
-    return torch.ldexp((mantissa * 2**26).round() / 2**26, exponent)
+    return others.sort(dim=1).values[:, : n - f - 2].sum(dim=1)
 
 
 def _krum_needs(facts: PipelineFacts) -> str | None:
@@ -70,5 +55,5 @@ def multi_krum(updates: Tensor, ctx: AggContext, *, m: int | None = None) -> Ver
     if m is not None and m > n:
         raise TooFewError(f"cannot select m = {m} of {n} updates")
     best = krum_scores(updates, f).argsort(stable=True)[: (n - f if m is None else m)]
-    chosen = best.sort().values  # in client order, so that the sum does not depend on the ranking
-    return Verdict(updates[chosen].mean(0), trust=torch.zeros(n).index_fill_(0, chosen, 1.0))
+    trust = torch.zeros(n).index_fill_(0, best, 1.0)
+    return Verdict(blocks.combine(trust.double() / len(best), updates), trust=trust)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Annotated
 
 import numpy as np
@@ -13,31 +13,45 @@ from torch import Tensor
 
 from fedtrust.errors import TooFewError
 from fedtrust.server import AggContext, PipelineFacts, Verdict, aggregator
+from fedtrust.strategies import blocks
 
-_COLUMNS = 1 << 16
+Floats = npt.NDArray[np.float32]
 
 
-def sorted_columns(updates: Tensor) -> Iterator[tuple[slice, npt.NDArray[np.float32]]]:
-    """Yield the coordinates a block at a time, each sorted over the clients: (which coordinates, float32 [c, n]).
+def sorted_columns(block: Tensor) -> Floats:
+    """Return a copy of the values [n, c], each coordinate sorted over the clients: float32 [c, n].
 
-    NumPy sorts short contiguous rows many times faster than torch sorts along the first axis, and a block keeps the copy small.
+    NumPy sorts short contiguous rows many times faster than torch sorts along the first axis. The rows are copied side by side before
+    they are turned: reading so many distant rows in the order of the columns would cost more than both copies.
     """
-    for start in range(0, updates.shape[1], _COLUMNS):
-        where = slice(start, min(start + _COLUMNS, updates.shape[1]))
-        block = np.ascontiguousarray(updates[:, where].numpy().T)
-        block.sort(axis=1)
-        yield where, block
+    turned = torch.empty(block.shape[1], block.shape[0])
+    values: Floats = turned.copy_(block.contiguous().T).numpy()
+    values.sort(axis=1)
+    return values
+
+
+def middle(values: Floats) -> Floats:
+    """Return the median of each coordinate [c] of sorted values [c, n]; of an even number the mean of the middle two."""
+    n = values.shape[1]
+    # Halves first: the sum of two large values could overflow.
+    return np.float32(0.5) * values[:, (n - 1) // 2] + np.float32(0.5) * values[:, n // 2]
+
+
+def by_coordinate(updates: Tensor, rule: Callable[[Floats], npt.NDArray[np.floating]]) -> Tensor:
+    """Return `rule(sorted values [c, n]) -> [c]` of all coordinates, float32 [d]."""
+    result = torch.empty(updates.shape[1])
+
+    def work(where: slice) -> None:
+        result[where] = torch.from_numpy(rule(sorted_columns(updates[:, where])))
+
+    blocks.each(blocks.cut(len(updates), updates.shape[1], blocks.SORTED), work)
+    return result
 
 
 @aggregator("median", paper="Yin et al., ICML 2018, definition 1")
 def median(updates: Tensor, ctx: AggContext) -> Verdict:
     """Take the median of each coordinate; of an even number the mean of the middle two."""
-    result = torch.empty(updates.shape[1])
-    low, high = (len(updates) - 1) // 2, len(updates) // 2
-    for where, block in sorted_columns(updates):
-        # Halves first: the sum of two large values could overflow.
-        result[where] = torch.from_numpy(0.5 * block[:, low] + 0.5 * block[:, high])
-    return Verdict(result)
+    return Verdict(by_coordinate(updates, middle))
 
 
 def _trim_needs(facts: PipelineFacts) -> str | None:
@@ -56,7 +70,4 @@ def trimmed_mean(updates: Tensor, ctx: AggContext, *, trim: Annotated[int, Field
     n = len(updates)
     if n <= 2 * b:
         raise TooFewError(f"cannot drop {b} values from each end of {n} updates")
-    result = torch.empty(updates.shape[1])
-    for where, block in sorted_columns(updates):
-        result[where] = torch.from_numpy(block[:, b : n - b].mean(axis=1, dtype=np.float64).astype(np.float32))
-    return Verdict(result)
+    return Verdict(by_coordinate(updates, lambda values: values[:, b : n - b].mean(axis=1, dtype=np.float64)))

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedtrust.strategies import krum as module
-from fedtrust.strategies.krum import krum_scores, squared_distances
+from fedtrust.strategies import blocks
+from fedtrust.strategies.distances import squared_distances
+from fedtrust.strategies.krum import krum_scores
 from tests.strategies.rules_kit import normal, refusal, verdict
 
 
@@ -93,7 +94,8 @@ def test_distances_of_values_near_the_end_of_float32_are_finite() -> None:
 def test_blocks_of_coordinates_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = normal(6, 23, seed=3)
     whole = squared_distances(rows)
-    monkeypatch.setattr(module, "_COLUMNS", 5)
+    monkeypatch.setattr(blocks, "NARROWEST", 5)
+    monkeypatch.setattr(blocks, "MULTIPLIED", 1)
     assert torch.allclose(squared_distances(rows), whole, rtol=1e-12)
 
 

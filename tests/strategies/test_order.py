@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fedtrust.errors import InputError
-from fedtrust.strategies import order
+from fedtrust.strategies import blocks
 from tests.strategies.rules_kit import normal, refusal, verdict
 
 
@@ -75,6 +75,7 @@ def test_the_scenario_check_refuses_the_same() -> None:
 def test_blocks_of_coordinates_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = normal(7, 23, seed=3)
     whole = [verdict("aggregator", name, rows, f=2).value for name in ("median", "trimmed-mean")]
-    monkeypatch.setattr(order, "_COLUMNS", 5)
-    blocks = [verdict("aggregator", name, rows, f=2).value for name in ("median", "trimmed-mean")]
-    assert torch.equal(torch.stack(whole), torch.stack(blocks))
+    monkeypatch.setattr(blocks, "NARROWEST", 5)
+    monkeypatch.setattr(blocks, "SORTED", 1)
+    parts = [verdict("aggregator", name, rows, f=2).value for name in ("median", "trimmed-mean")]
+    assert torch.equal(torch.stack(whole), torch.stack(parts))

@@ -1,0 +1,72 @@
+"""The geometric median: the point with the smallest sum of distances to the updates."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from fedtrust.server import AggContext, Verdict, aggregator
+from fedtrust.strategies import blocks
+from fedtrust.strategies.distances import centred_gram
+
+_TINY = 1e-150
+
+
+def weiszfeld(gram: Tensor, weights: Tensor, smoothing: float, iterations: int, tolerance: float) -> tuple[Tensor, int]:
+    """Return the geometric median as shares of the rows (float64 [n], adding up to 1), and the iterations it took.
+
+    The iterate z = Σ cⱼ xⱼ is never written out: with the inner products G of the rows' differences from a centre,
+    |xᵢ − z|² = Gᵢᵢ − 2 (G c)ᵢ + cᵀ G c. The first distances are those from the centre, none counted below their median: an iterate that
+    stands on a row takes long to leave it.
+
+    Args:
+        gram: G, float64 [n, n].
+        weights: what each row's distance counts, float64 [n].
+        smoothing: distances below this share of the first ones' median count as that; above 0.
+        iterations: the most to be done.
+        tolerance: stop when the weighted sum of distances fell by less than this share.
+    """
+    norms = gram.diagonal()
+    # If all agree, or more than half do, the rows' typical distance from the centre is 0; then any tiny length serves.
+    typical = max(float(norms.sqrt().quantile(0.5)), _TINY)
+    shares = weights / norms.sqrt().clamp(min=typical)
+    shares /= shares.sum()
+    before = float("inf")
+    for done in range(1, iterations):
+        pull = gram @ shares
+        distances = (norms - 2 * pull + shares @ pull).clamp(min=0).sqrt()
+        after = float(weights @ distances)
+        if after >= before * (1 - tolerance):
+            return shares, done
+        before = after
+        shares = weights / distances.clamp(min=max(smoothing * typical, _TINY))
+        shares /= shares.sum()
+    return shares, iterations
+
+
+@aggregator("geometric-median", paper="Pillutla, Kakade and Harchaoui, IEEE TSP 2022, algorithm 2 (RFA, smoothed Weiszfeld)")
+def geometric_median(
+    updates: Tensor,
+    ctx: AggContext,
+    *,
+    smoothing: Annotated[float, Field(gt=0)] = 1e-6,
+    iterations: Annotated[int, Field(ge=1)] = 1000,
+    tolerance: Annotated[float, Field(ge=0)] = 1e-12,
+    weighted: bool = False,
+) -> Verdict:
+    """Find the point with the smallest sum of distances to the updates, by Weiszfeld's iteration.
+
+    Each update is pulled in with 1 ÷ its distance. A distance below `smoothing` × the updates' median distance from the coordinates' median
+    counts as that: the paper's ν, there an absolute length; relative, the rule does not depend on the learning rate. The paper does a few
+    iterations, each a round of messages; here they are cheap, and end after `iterations` or when the sum of distances falls by less
+    than the share `tolerance`. With `weighted` a distance counts as often as its client has samples, as in the paper; without, f of n
+    attackers are f of n.
+
+    The trust in an update is its share in the result ÷ the largest share.
+    """
+    weights = ctx.weights.double() if weighted else torch.ones(len(updates), dtype=torch.float64)
+    shares, _ = weiszfeld(centred_gram(updates), weights / weights.sum(), smoothing, iterations, tolerance)
+    return Verdict(blocks.combine(shares, updates), trust=(shares / shares.max()).float())

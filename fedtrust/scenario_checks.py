@@ -134,6 +134,8 @@ def _root(root: str | None, origin: Origin) -> str | None:
 def _clients(clients: ClientsSpec, data: DataSpec, origin: Origin) -> ClientsSpec:
     if clients.cohort > clients.count:
         raise InputError(f"should be at most clients.count = {clients.count} (got {clients.cohort})", "clients.per_round")
+    if clients.system is not None and clients.system.over_select > 0 and clients.cohort == clients.count:
+        raise InputError("a round takes every client already; set clients.per_round below clients.count", "clients.system.over_select")
     entry = _entry("behaviour", clients.behaviour.name, "clients.behaviour", origin)
     if entry.meta.get("role") != "honest":
         raise InputError(f"'{entry.name}' is malicious; it belongs to [[attackers]]", "clients.behaviour")

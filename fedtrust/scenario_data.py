@@ -11,6 +11,7 @@ from torch import nn
 
 from fedtrust.data.base import FederatedData, Task
 from fedtrust.data.build import build
+from fedtrust.engine.devices import Devices
 from fedtrust.errors import InputError
 from fedtrust.models.build import build as build_model
 from fedtrust.registry import REGISTRY
@@ -30,7 +31,8 @@ def check_data(scenario: Scenario) -> list[str]:
         if first is None:
             first = data
             facts.append(_describe(scenario, data))
-            _fits(scenario, data, facts)
+            module = _fits(scenario, data, facts)
+            facts += _devices(scenario, data, module)
             samples = data.x.numel() * data.x.element_size()
         sizes = [len(part) for part in data.parts]
         facts.append(f"partition '{label or partition.name}', seed {seed}: {min(sizes)} to {max(sizes)} samples a client")
@@ -89,8 +91,20 @@ def _describe(scenario: Scenario, data: FederatedData) -> str:
     return f"source '{scenario.data.source.name}': {len(data.x)} training and {len(data.x_test)} test samples of {shape}, {what}"
 
 
-def _fits(scenario: Scenario, data: FederatedData, facts: list[str]) -> None:
-    """Ask model, loss, probes and behaviours whether they suit the task."""
+def _devices(scenario: Scenario, data: FederatedData, module: nn.Module) -> list[str]:
+    """Say what the clients' devices make of the run, where the scenario gives them any."""
+    system, recipe = scenario.clients.system, scenario.clients.train
+    if system is None:
+        return []
+    samples = [len(part) for part in data.parts]
+    batch_size = min(recipe.batch_size, max(samples))  # as in a run
+    parameters = sum(p.numel() for p in module.parameters())
+    made = Devices(system, seed=scenario.seed, samples=samples, batch_size=batch_size, epochs=recipe.epochs, parameters=parameters)
+    return [made.describe()]
+
+
+def _fits(scenario: Scenario, data: FederatedData, facts: list[str]) -> nn.Module:
+    """Ask model, loss, probes and behaviours whether they suit the task; return the model."""
     task = data.task
     loss = scenario.clients.train.loss or Ref(name="cross-entropy")
     tasks = REGISTRY.get("loss", loss.name).meta.get("tasks")
@@ -106,6 +120,7 @@ def _fits(scenario: Scenario, data: FederatedData, facts: list[str]) -> None:
             raise InputError(f"'{probe.name}' measures a {wanted}; '{scenario.data.source.name}' is a {task.kind}", f"probes[{index}]")
     for place, name, params in behaviours(scenario):
         _suits(place, name, params, task)
+    return module
 
 
 def _suits(place: str, name: str, params: dict[str, Any], task: Task) -> None:

@@ -137,6 +137,105 @@ class TrainSpec(Spec):
         return {**known, "optimiser_params": {**nested, **rest}}
 
 
+class AvailabilitySpec(Spec):
+    """How likely a client can be reached: `mean + amplitude * cos(2 pi (time / period - phase))`, with a phase of its own for each client.
+
+    In the file also a bare number: that probability, always.
+
+    Attributes:
+        mean: the probability, averaged over a period.
+        amplitude: by how much it rises and falls; 0: it is constant.
+        period: how long a day is, in `unit`.
+        unit: `rounds` or virtual `seconds`.
+        spread: over which share of the period the clients' phases lie: 1 evenly round the clock, 0 all alike.
+    """
+
+    mean: float = Field(default=1.0, gt=0, le=1)
+    amplitude: float = Field(default=0.0, ge=0, le=0.5)
+    period: float | None = Field(default=None, gt=0, le=1e12)
+    unit: Literal["rounds", "seconds"] = "rounds"
+    spread: float = Field(default=1.0, ge=0, le=1)
+
+    @classmethod
+    def expand(cls, given: Any) -> Any:
+        """Understand a bare number."""
+        return {"mean": given} if isinstance(given, int | float | str) else given
+
+    @model_validator(mode="after")
+    def _a_probability(self) -> AvailabilitySpec:
+        if self.amplitude > 0 and self.period is None:
+            raise PydanticCustomError("period", "an amplitude needs a period", {})
+        if self.amplitude == 0 and self.period is not None:
+            raise PydanticCustomError("period", "a period needs an amplitude above 0", {})
+        if not self.amplitude - 1e-9 <= self.mean <= 1 - self.amplitude + 1e-9:
+            raise PydanticCustomError(
+                "swing",
+                "mean ± amplitude should stay within 0 and 1 (got {mean} ± {amplitude})",
+                {"mean": self.mean, "amplitude": self.amplitude},
+            )
+        return self
+
+
+class RateSpec(Spec):
+    """A speed that differs between clients, log-normally. In the file also a bare number: that speed for everybody.
+
+    Attributes:
+        median: the middle client's.
+        sigma: standard deviation of the logarithm between clients.
+        jitter: standard deviation of the logarithm from round to round.
+    """
+
+    median: float = Field(ge=1e-6, le=1e15)
+    sigma: float = Field(default=0.0, ge=0, le=5)
+    jitter: float = Field(default=0.0, ge=0, le=5)
+
+    @classmethod
+    def expand(cls, given: Any) -> Any:
+        """Understand a bare number."""
+        return {"median": given} if isinstance(given, int | float | str) else given
+
+
+class SystemSpec(Spec):
+    """The clients' devices and connections: who can be reached, who leaves, who is slow. Times are virtual seconds.
+
+    Attributes:
+        availability: how likely a client can be reached in a round.
+        dropout: probability that a client that was asked leaves before it has replied.
+        speed: training samples a second; `None`: training takes no time.
+        bandwidth: bytes a second in either direction; `None`: sending takes no time.
+        deadline: how long the server waits in a round; `None`: until everybody has replied or left.
+        late: what a client does that cannot make it: `drop`, its reply comes too late; `partial`, it stops after fewer local steps.
+        over_select: which share of clients is asked beyond `per_round`; the first `per_round` replies are taken.
+        attackers_always_available: adversaries, while they act, can always be reached and never leave; they are as slow as others.
+        idle: how long a round lasts in which nobody can be reached.
+    """
+
+    availability: AvailabilitySpec = AvailabilitySpec()
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    speed: RateSpec | None = None
+    bandwidth: RateSpec | None = None
+    deadline: float | None = Field(default=None, gt=0, le=1e12)
+    late: Literal["drop", "partial"] = "drop"
+    over_select: float = Field(default=0.0, ge=0, le=10)
+    attackers_always_available: bool = False
+    idle: float = Field(default=60.0, gt=0, le=1e12)
+
+    @property
+    def timed(self) -> bool:
+        """Whether anything takes time."""
+        return self.speed is not None or self.bandwidth is not None
+
+    @model_validator(mode="after")
+    def _means_something(self) -> SystemSpec:
+        if self.deadline is not None and not self.timed:
+            raise PydanticCustomError("timeless", "a deadline needs `speed` or `bandwidth`: without them nothing takes time", {})
+        if self.availability.unit == "seconds" and not self.timed:
+            raise PydanticCustomError("timeless", "a period in seconds needs `speed` or `bandwidth`: without them no time passes", {})
+        if self.late == "partial" and (self.deadline is None or self.speed is None):
+            raise PydanticCustomError("partial", "late = 'partial' needs a `deadline` and a `speed`", {})
+        return self
+
+
 class ClientsSpec(Spec):
     """The federation's clients.
 
@@ -146,6 +245,7 @@ class ClientsSpec(Spec):
         behaviour: what honest clients do.
         train: how they train.
         quorum: the share of a round's cohort whose replies must be valid for the round to count.
+        system: their devices and connections; `None`: everybody can always be reached, nobody leaves and nothing takes time.
     """
 
     count: int = Field(ge=1, le=1_000_000)
@@ -153,6 +253,7 @@ class ClientsSpec(Spec):
     behaviour: Ref = Ref(name="honest")
     train: TrainSpec = TrainSpec()
     quorum: float = Field(default=0.5, gt=0, le=1)
+    system: SystemSpec | None = None
 
     @property
     def cohort(self) -> int:
@@ -244,15 +345,18 @@ ProbeSpec = Ref
 
 
 class EngineSpec(Spec):
-    """How cohorts are computed; never changes the result beyond float rounding.
+    """How cohorts are computed; but for `precision` it never changes the result beyond float rounding.
 
     Attributes:
         path: one client at a time, `torch.func.vmap`, fused cohorts, or what is fastest.
-        deadline: seconds after which clients that are being trained together are given up.
-        retries: how often they are tried again after their Ray worker died.
+        deadline: seconds that clients who are trained together, and then each of them alone, may take; likewise a coalition's craft, a
+            server rule or a probe.
+        retries: how often clients are tried again together after their Ray worker died, before each is tried alone.
+        precision: what clients multiply in; `bfloat16` is faster and coarser: their models, updates and losses stay float32.
     """
 
     path: Literal["auto", "loop", "vmap", "fused"] = "auto"
+    precision: Literal["float32", "bfloat16"] = "float32"
     deadline: float = Field(default=600.0, gt=0)
     retries: int = Field(default=1, ge=0, le=100)
 

@@ -26,6 +26,8 @@ def build() -> Json:
     for key, kind in (("source", "source"), ("partition", "partition"), ("feature_skew", "feature-skew")):
         _link(parts["DataSpec"], key, kind)
     _link(parts["ClientsSpec"], "behaviour", "behaviour")
+    for part in ("AvailabilitySpec", "RateSpec"):  # a bare number will do
+        parts[part] = {"anyOf": [{"type": "number"}, parts[part]]}
     _link(parts["StrategySpec"], "aggregator", "aggregator")
     parts["StrategySpec"]["properties"] |= {"filters": _many("filter"), "steps": _many("step")}
     _train(parts["TrainSpec"])

@@ -118,6 +118,7 @@ def to_toml(scenario: Scenario) -> str:
         _table("[data]", _data(scenario.data)),
         _table("[model]", ref(scenario.model)),
         _table("[clients]", _clients(scenario.clients)),
+        *([_table("[clients.system]", scenario.clients.system.model_dump())] if scenario.clients.system is not None else []),
         *[_table("[[attackers]]", _attacker(group)) for group in scenario.attackers],
         _table("[strategy]", _strategy(scenario.strategy)),
         *[_table("[[probes]]", ref(probe)) for probe in scenario.probes],

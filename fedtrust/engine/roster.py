@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from fedtrust.client import Behaviour, Knowledge
 from fedtrust.engine import seeds
@@ -29,6 +30,11 @@ class Group:
     members: tuple[int, ...]
     rounds: tuple[int, int]
 
+    @cached_property
+    def ids(self) -> frozenset[int]:
+        """The members, for asking quickly."""
+        return frozenset(self.members)
+
     def active(self, round_number: int) -> bool:
         """Return whether the group acts in this round."""
         return self.rounds[0] <= round_number <= self.rounds[1]
@@ -51,7 +57,7 @@ class Roster:
     def group(self, client: int, round_number: int) -> Group | None:
         """Return the adversary that controls a client in a round, or `None`."""
         for group in self.groups:
-            if group.active(round_number) and client in group.members:
+            if group.active(round_number) and client in group.ids:
                 return group
         return None
 
@@ -98,9 +104,13 @@ def recruit(count: int, wanted: Sequence[int | Sequence[int]], seed: int) -> lis
     return groups
 
 
-def cohort(count: int, per_round: int, seed: int, round_number: int) -> list[int]:
-    """Return the clients that are asked in a round, sorted: a uniform draw of `per_round` without replacement (McMahan et al., 2017)."""
-    if per_round >= count:
-        return list(range(count))
-    drawn = seeds.stream(seed, "cohort", round_number).choice(count, size=per_round, replace=False)
-    return sorted(int(c) for c in drawn)
+def cohort(count: int, per_round: int, seed: int, round_number: int, reachable: Sequence[int] | None = None) -> list[int]:
+    """Return the clients that are asked in a round, sorted: a uniform draw of `per_round` without replacement (McMahan et al., 2017).
+
+    With `reachable` (sorted) only these can be drawn, and if they are too few all of them are.
+    """
+    known = range(count) if reachable is None else reachable
+    if per_round >= len(known):
+        return list(known)
+    drawn = seeds.stream(seed, "cohort", round_number).choice(len(known), size=per_round, replace=False)
+    return sorted(known[int(i)] for i in drawn)

@@ -7,6 +7,7 @@ from typing import Any
 
 from fedtrust.report import verdict
 from fedtrust.report.curves import by_round
+from fedtrust.report.devices import comparison_panels
 from fedtrust.report.heat import heat_maps
 from fedtrust.report.load import Matrix, Run
 from fedtrust.report.parts import COLUMNS_OF_LINES, STATUS_WORDS, Budget, duration, flat, is_share, metric_title, shown
@@ -42,7 +43,7 @@ def page(found: Sequence[Run | Matrix]) -> dict[str, Any]:
         "verdict": _verdict(runs, matrices, differing),
         "alerts": [f"{name}: {alert}" for name, entry in zip(names, found, strict=True) for alert in _alerts(entry)],
         "cells": _table(runs, matrices),
-        "curves": _curves(runs, curves),
+        "curves": _curves(runs, curves) + comparison_panels(runs, curves),
         "curves_note": curves.note("panels"),
         "heat": [
             {**entry, "title": f"{name}{', ' if entry['title'] else ''}{entry['title']}"}

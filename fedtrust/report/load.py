@@ -96,6 +96,11 @@ class Round(_Record):
     metrics: Metrics = {}
     train_loss: Number = None
     delta_norm: Number = None
+    clock: Number = None
+    duration: Number = None
+    reachable: Number = None
+    unreachable: Ints = []
+    fates: Annotated[dict[str, Ints], _or_empty(dict)] = {}
 
 
 class RunSummary(_Record):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from fedtrust.report import verdict
+from fedtrust.report import devices, verdict
 from fedtrust.report.curves import matrix_panels
 from fedtrust.report.figures import holdings, trust_strip, trust_words
 from fedtrust.report.heat import heat_maps
@@ -20,7 +20,7 @@ def matrix_page(matrix: Matrix) -> dict[str, Any]:
     """Lay out the report of a matrix."""
     summary, axes = matrix.summary, matrix.summary.axes
     curves = Budget(350_000)
-    groups = matrix_panels(matrix, curves)
+    groups = matrix_panels(matrix, curves) + devices.matrix_panels(matrix, curves)
     rounds = max((entry.round for run in matrix.runs.values() for entry in run.rounds), default=0)
     attacks = sum(not verdict.is_none(attack, summary.threats) for attack in axes.attackers)
     sizes = [(attacks, "attack"), (len(axes.strategies), "rule"), (len(axes.partitions), "partition"), (len(axes.seeds), "seed")]

@@ -252,7 +252,10 @@ def trouble(rounds: Sequence[Round], limit: int = 20) -> Trouble:
     """Collect the faults by reason and the rounds without a quorum."""
     reasons: dict[str, dict[str, list[int]]] = {}
     for entry in rounds:
+        simulated = {str(client) for fate, ids in entry.fates.items() if fate != "partial" for client in ids}
         for client, reason in entry.faults.items():
+            if client in simulated:  # "late: needed 12.3 s, deadline 10 s": every one would have a line of its own
+                reason = reason.partition(":")[0]
             reasons.setdefault(clipped(reason, 200), {}).setdefault(client, []).append(entry.round)
     dropped = []
     for reason, clients in sorted(reasons.items(), key=lambda item: -sum(map(len, item[1].values()))):
@@ -260,7 +263,9 @@ def trouble(rounds: Sequence[Round], limit: int = 20) -> Trouble:
         more = f", and {len(clients) - limit} more clients" if len(clients) > limit else ""
         dropped.append({"reason": reason, "clients": f"{', '.join(named)}{more}", "times": sum(map(len, clients.values()))})
     missed = [
-        f"round {e.round}" + (f" ({e.valid:.0f} valid, {e.quorum:.0f} needed)" if e.valid is not None and e.quorum is not None else "")
+        f"round {e.round} (nobody could be reached)"
+        if e.reachable == 0
+        else f"round {e.round}" + (f" ({e.valid:.0f} valid, {e.quorum:.0f} needed)" if e.valid is not None and e.quorum is not None else "")
         for e in rounds
         if not e.counted
     ]

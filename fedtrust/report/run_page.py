@@ -6,6 +6,7 @@ from typing import Any
 
 from fedtrust.report import verdict
 from fedtrust.report.curves import run_panels
+from fedtrust.report.devices import fates_figure, time_panels, timed
 from fedtrust.report.figures import Clients, holdings, trust_rounds, trust_strip, trust_words
 from fedtrust.report.load import Matrix, Run
 from fedtrust.report.parts import (
@@ -42,6 +43,7 @@ def run_page(run: Run) -> dict[str, Any]:
     summary = run.summary
     raw = {**run.folder.raw, "status": run.folder.status, "metrics": summary.metrics}
     main, more = run_panels(run, Budget(300_000))
+    later = time_panels(run, Budget(100_000))
     bad = trouble(run.rounds)
     pictures = Budget(250_000)
     clients = population(run)
@@ -57,6 +59,7 @@ def run_page(run: Run) -> dict[str, Any]:
         f"{clients} clients" if clients else "",
         f"seed {summary.seed}" if summary.seed else "",
         duration(summary.seconds),
+        f"{duration(max(entry.clock or 0.0 for entry in run.rounds))} of virtual time" if timed(run) else "",
         summary.engine,
     ]
     return {
@@ -67,7 +70,7 @@ def run_page(run: Run) -> dict[str, Any]:
         "alerts": run_alerts(run),
         "tiles": _tiles(run),
         "metrics": [(metric_title(name), shown(name, value)) for name, value in list(summary.metrics.items())[:200]],
-        "curves": [{"title": "", "panels": main}] if main else [],
+        "curves": ([{"title": "", "panels": main}] if main else []) + ([{"title": "Over virtual time", "panels": later}] if later else []),
         "more_curves": more,
         "clients": _run_clients(run, clients),
         "artefacts": [artefact(raw, pictures) for raw in run.artefacts[:40]],
@@ -118,6 +121,8 @@ def _run_clients(run: Run, clients: int) -> dict[str, Any]:
     elif run.trust:
         svg = trust_strip(run.trust, run.malicious, clients, "Mean trust by client")
         figures.append({"title": "Mean trust", "svg": svg, "note": trust_words(run.trust, run.malicious)})
+    devices = fates_figure(run, clients)
+    figures += [devices] if devices else []
     none = "" if run.trust else f"{run.summary.strategy or 'The rule'} gives no trust to single clients."
     return {"figures": figures, "strips": [], "note": none}
 

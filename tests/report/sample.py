@@ -72,6 +72,8 @@ name = "cnn"
 count = 20
 train = { optimiser = "sgd", lr = 0.05, momentum = 0.9, batch_size = 20, epochs = 2 }
 """
+#: What became of the clients in every round of a run with devices.
+FATES: dict[str, list[int]] = {"partial": [1], "late": [2, 3], "dropped-out": [4], "surplus": [5]}
 ENVIRONMENT = {
     "fedtrust": "0.1.0",
     "python": "3.12.4",
@@ -215,6 +217,21 @@ def run(
             folder / "artefacts" / "attack-success.triggered.json",
             {"kind": "images", "title": "Triggered images", "caption": caption, "images": images},
         )
+    return folder
+
+
+def with_devices(folder: Path, step: float = 10.0, clients: int = 20, timed: bool = True, **changes: Any) -> Path:
+    """Give every round of a run the same course: 7 asked, 2 of them answer in full and 1 in part, and two cannot be reached."""
+    rows = [json.loads(line) for line in (folder / "rounds.jsonl").read_text("utf-8").splitlines()]
+    for row in rows:
+        row |= {"clock": step * row["round"]} if timed else {}
+        if row["round"]:
+            faults = {"2": "late: needed 12.3 s, deadline 10 s", "3": f"late: needed 1{row['round']} s, deadline 10 s"}
+            faults |= {"4": "dropped out", "5": "surplus: 3 others were faster"}
+            row |= {"cohort": [0, 1, 2, 3, 4, 5, 6], "valid": 3, "quorum": 2, "faults": faults, "fates": FATES}
+            row |= {"reachable": clients - 2, "unreachable": [8, 9]} | ({"duration": step} if timed else {})
+            row |= changes
+    write_lines(folder / "rounds.jsonl", rows)
     return folder
 
 

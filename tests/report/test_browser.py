@@ -52,7 +52,14 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     matrix = sample.matrix(base / "matrix", failed=("label-flip__median",))
     run = sample.run(base / "run", faults=True, title="<script>document.title = 'taken over'</script>" + "long" * 40)
     many = sample.run(base / "many", clients=300, rounds=2)
-    return {"matrix": write(matrix), "run": write(run), "many": write(many), "compare": compare([run, matrix, many], base / "compare.html")}
+    devices = sample.with_devices(sample.run(base / "devices"), step=100.0)
+    return {
+        "matrix": write(matrix),
+        "run": write(run),
+        "many": write(many),
+        "devices": write(devices),
+        "compare": compare([run, matrix, many], base / "compare.html"),
+    }
 
 
 def show(browser: Any, path: Path, width: int, scheme: str) -> None:
@@ -70,7 +77,7 @@ def ground(browser: Any) -> int:
     return sum(int(part) for part in colour[colour.index("(") + 1 : -1].split(",")[:3])
 
 
-@pytest.mark.parametrize("name", ["matrix", "run", "many", "compare"])
+@pytest.mark.parametrize("name", ["matrix", "run", "many", "devices", "compare"])
 def test_a_phone_and_a_desk(browser: Any, pages: dict[str, Path], name: str) -> None:
     for width in (360, 1280):
         show(browser, pages[name], width, "light")
@@ -129,7 +136,7 @@ return bad;
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_every_text_can_be_read(browser: Any, pages: dict[str, Path], scheme: str) -> None:
-    for name in ("matrix", "run"):
+    for name in ("matrix", "run", "devices"):
         show(browser, pages[name], 1280, scheme)
         assert browser.execute_script(CONTRAST) == []
 

@@ -2,38 +2,107 @@
 
 from __future__ import annotations
 
+import ctypes
+import dataclasses
 import json
 import os
 import signal
+import subprocess
+import sys
+import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
+import torch
+from torch import Tensor
 
-from fedtrust.engine import workers
+from fedtrust.client import Behaviour, View
+from fedtrust.engine import ray_start, workers
 from fedtrust.engine.cohort import Chunk, ClientTask
-from fedtrust.engine.workers import RayExecutor
-from fedtrust.errors import InputError
-from fedtrust.registry import REGISTRY
+from fedtrust.engine.partial import Sums
+from fedtrust.engine.ray_actor import Worker
+from fedtrust.engine.ray_workers import RayExecutor
+from fedtrust.engine.workers import LocalExecutor, Ran
+from fedtrust.errors import InputError, RunError
 from fedtrust.runner import run
 from fedtrust.scenario import Scenario, load
-from fedtrust.setup import build
+from fedtrust.setup import Setup, build
 
 Small = Callable[..., Scenario]
 pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own sockets and deprecations
 
 
 @pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
+def _cluster() -> Iterator[None]:
     """One Ray for the module: starting it takes longer than the tests."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        first = RayExecutor(2)
+        before = signal.getsignal(signal.SIGTERM)
+        ray_start.start(ray_start.import_ray(), 5, None)
+        assert signal.getsignal(signal.SIGTERM) is before  # Ray's own handler would end a run without a checkpoint
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import tests
     yield
-    first.close()
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[RayExecutor]:
+    """Two workers for the module."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        executor = RayExecutor(2)
+    yield executor
+    executor.close()
+
+
+@pytest.fixture
+def pair(shared: RayExecutor) -> Iterator[RayExecutor]:
+    """The two workers with their usual patience, both up."""
+    shared.deadline, shared._retries = 600.0, 1
+    wait_for(lambda: all(seat.hello for seat in shared.seats))
+    return shared
+
+
+def wait_for(what: Callable[[], object], seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def setup() -> Setup:
+    from fedtrust.scenario import parse
+    from tests.conftest import SMALL
+
+    return build(parse(SMALL))
+
+
+GROUPS = [(0, 1, 2), (3, 4), (5,), (6, 7)]
+
+
+def cut(setup: Setup, special: dict[int, Behaviour] | None = None, sums: bool = False) -> list[Chunk]:
+    """Return four chunks of honest clients, but for a few."""
+    tasks = [tuple(ClientTask(c, (special or {}).get(c, setup.roster.honest), {}) for c in group) for group in GROUPS]
+    return [Chunk(1, setup.params, {}, t, Sums((), True) if sums else None, not sums) for t in tasks]
+
+
+def local(setup: Setup, chunks: Sequence[Chunk]) -> Ran:
+    with closing(LocalExecutor(2)) as executor:
+        return executor.open(setup.world).run(chunks)
+
+
+def same(a: Ran, b: Ran) -> bool:
+    totals = (a.total is None and b.total is None) or bool((a.total == b.total).all())
+    return totals and all(
+        x.clients == y.clients and bool((x.updates == y.updates).all()) for x, y in zip(a.results, b.results, strict=True)
+    )
 
 
 def test_any_engine_and_any_number_of_workers_give_the_same_bits(small: Small, tmp_path: Path) -> None:
@@ -115,83 +184,227 @@ def test_code_from_a_loose_file_runs_on_both_engines(tmp_path: Path) -> None:
     assert (tmp_path / "ray" / "students.py").read_text() == PLUGIN  # the code is part of what was run
 
 
-DEADLY = '''
-import os, time
-from fedtrust.client import Behaviour, behaviour
-
-
-@behaviour("deadly")
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Deadly(Behaviour):
-    """Take the worker down, or never come back."""
+    """Take the worker down, or never come back; with a flag only the first time."""
+
+    how: str
     flag: str = ""
-    how: str = "exit"
 
-    def poison(self, x, y, view):
-        if self.how == "hang":
-            time.sleep(600)
-        elif self.how == "always" or not os.path.exists(self.flag):
+    def poison(self, x: Tensor, y: Tensor, view: View) -> tuple[Tensor, Tensor]:
+        if self.flag:
+            if os.path.exists(self.flag):
+                return x, y
             open(self.flag, "w").close()
+        if self.how == "exit":
             os._exit(1)
+        if self.how == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.how == "segv":
+            ctypes.string_at(0)
+        time.sleep(600)
         return x, y
-'''
 
 
-def deadly(tmp_path: Path, how: str) -> Scenario:
-    (tmp_path / "deadly.py").write_text(DEADLY)
-    params = f'{{ flag = "{tmp_path / "flag"}", how = "{how}" }}'
-    text = SCENARIO.replace('"students:InnerProduct"', '"deadly:Deadly"').replace("{ tau = 3.0 }", params)
-    text = text.replace('{ name = "students:norm-median", scale = 1.5 }', '"mean"').replace("rounds = 2", "rounds = 1")
-    (tmp_path / "scenario.toml").write_text(text)
-    return load(tmp_path / "scenario.toml", allow_plugins=["deadly"])
-
-
-def test_a_dead_worker_is_replaced_and_its_clients_tried_again(tmp_path: Path) -> None:
-    result = run(deadly(tmp_path, "once"), tmp_path / "out", engine="ray", workers=2)
-    record = json.loads((tmp_path / "out" / "rounds.jsonl").read_text().splitlines()[1])
+@pytest.mark.parametrize("how", ["kill", "segv"])
+def test_a_dead_worker_is_replaced_and_its_chunk_tried_again_with_the_same_bits(
+    pair: RayExecutor, setup: Setup, tmp_path: Path, how: str
+) -> None:
+    chunks = cut(setup, {1: Deadly(how=how, flag=str(tmp_path / "flag"))})
+    pids = {seat.hello.pid for seat in pair.seats if seat.hello}
+    with closing(pair.open(setup.world)) as job:
+        ran = job.run(chunks)
     assert (tmp_path / "flag").exists()
-    assert (result.status, record["valid"], record["faults"]) == ("finished", 8, {})
+    assert [r.faults for r in ran.results] == [{}] * 4
+    assert same(ran, local(setup, chunks))  # the flag is there: nobody dies in this process
+    wait_for(lambda: all(seat.hello for seat in pair.seats))  # full capacity is back
+    assert len(pids & {seat.hello.pid for seat in pair.seats if seat.hello}) == 1
 
 
-def test_who_kills_every_worker_is_dropped_by_name(tmp_path: Path) -> None:
-    result = run(deadly(tmp_path, "always"), tmp_path / "out", engine="ray", workers=2)
-    record = json.loads((tmp_path / "out" / "rounds.jsonl").read_text().splitlines()[1])
-    malicious = {str(c) for c in result.summary["federation"]["malicious"]}
-    assert malicious <= set(record["faults"])
-    assert all("the worker failed" in reason for reason in record["faults"].values())
+def test_who_kills_every_worker_is_dropped_by_name_and_nobody_else(pair: RayExecutor, setup: Setup) -> None:
+    with closing(pair.open(setup.world)) as job:
+        ran = job.run(cut(setup, {1: Deadly(how="exit")}, sums=True))
+        assert [list(r.faults) for r in ran.results] == [[1], [], [], []]
+        assert "the worker failed" in ran.results[0].faults[1]
+        assert [set(r.clients) for r in ran.results] == [{0, 2}, {3, 4}, {5}, {6, 7}]
+        rows = local(setup, cut(setup))
+        kept = torch.cat([r.updates for r in rows.results])[[0, 2, 3, 4, 5, 6, 7]]
+        order = [c for r in rows.results for c in r.clients]
+        weights = torch.tensor([float(setup.world.examples(c)) for c in order if c != 1])
+        kept = torch.stack([u for r in rows.results for c, u in zip(r.clients, r.updates, strict=True) if c != 1])
+        torch.testing.assert_close(ran.total, weights @ kept, rtol=1e-4, atol=1e-4)
+        assert same(job.run(cut(setup)), rows)  # and the next round is whole
 
 
-def test_a_worker_past_its_deadline_is_given_up(small: Small, tmp_path: Path) -> None:
-    scenario = deadly(tmp_path, "hang")
-    setup = build(scenario)
-    executor = RayExecutor(1, deadline=3.0, retries=0)
-    executor._deadline = 60.0
-    executor.open(setup.world)
-    executor._deadline = 3.0
-    hang, honest = setup.roster.groups[0].behaviour, REGISTRY.make("behaviour", "honest")
-    chunks = [Chunk(1, setup.params, {}, (ClientTask(c, b, {}),)) for c, b in ((0, hang), (1, honest))]
-    began = time.monotonic()
-    results = executor.run(chunks[:1])
-    assert time.monotonic() - began < 20
-    assert "no answer within 3 s" in results[0].faults[0]
-    executor._deadline = 60.0
-    assert executor.run(chunks[1:])[0].clients == (1,)  # full capacity is back
-    executor.close()
+def test_who_hangs_is_dropped_by_name_and_nobody_else(pair: RayExecutor, setup: Setup) -> None:
+    with closing(pair.open(setup.world)) as job:
+        job.run(cut(setup))  # the workers have the world: the deadline is for training alone
+        pair.deadline = 3.0
+        ran = job.run(cut(setup, {4: Deadly(how="hang")}))
+        pair.deadline = 600.0
+        assert [r.faults for r in ran.results] == [{}, {4: "no answer within 3 s"}, {}, {}]
+        assert ran.results[1].clients == (3,)
+        assert same(job.run(cut(setup)), local(setup, cut(setup)))
 
 
-def test_a_worker_that_is_shot_costs_only_time(small: Small, tmp_path: Path) -> None:
-    setup = build(small())
+def test_idle_workers_that_are_shot_cost_only_time(pair: RayExecutor, setup: Setup) -> None:
+    with closing(pair.open(setup.world)) as job:
+        before = job.run(cut(setup))
+        for seat in pair.seats:
+            assert seat.hello is not None
+            os.kill(seat.hello.pid, signal.SIGKILL)
+        after = job.run(cut(setup))
+    assert same(before, after)
+    assert [r.faults for r in after.results] == [{}] * 4
+
+
+@dataclasses.dataclass(frozen=True)
+class DiesOnArrival:
+    """A criterion whose arrival takes a worker down, the first `times` times."""
+
+    folder: str
+    times: int
+
+    def __call__(self, output: Tensor, y: Tensor) -> Tensor:
+        return torch.nn.functional.cross_entropy(output, y)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        taken = len(os.listdir(self.folder))
+        if taken < self.times:
+            Path(self.folder, str(taken)).touch()
+            os._exit(1)
+
+
+def test_a_worker_that_dies_while_it_takes_over_a_run_costs_nobody_a_round(pair: RayExecutor, setup: Setup, tmp_path: Path) -> None:
+    world = dataclasses.replace(setup.world, criterion=DiesOnArrival(str(tmp_path), 1))
+    with closing(pair.open(world)) as job:
+        ran = job.run(cut(setup))
+    assert len(list(tmp_path.iterdir())) == 1
+    assert [r.faults for r in ran.results] == [{}] * 4
+    assert same(ran, local(setup, cut(setup)))
+
+
+def test_a_run_that_no_worker_can_take_over_ends(pair: RayExecutor, setup: Setup, tmp_path: Path) -> None:
+    world = dataclasses.replace(setup.world, criterion=DiesOnArrival(str(tmp_path), 1000))
+    with closing(pair.open(world)) as job, pytest.raises(RunError, match="cannot take over the run: ActorDiedError"):
+        job.run(cut(setup))
+    with closing(pair.open(setup.world)) as job:  # and is no other run's trouble
+        assert same(job.run(cut(setup)), local(setup, cut(setup)))
+
+
+def test_a_client_that_cannot_be_sent_is_dropped_by_name(pair: RayExecutor, setup: Setup) -> None:
+    class Locked(Behaviour):
+        def __reduce__(self) -> Any:
+            raise TypeError("cannot pickle this")
+
+    with closing(pair.open(setup.world)) as job:
+        ran = job.run(cut(setup, {3: Locked()}))
+    assert list(ran.results[1].faults) == [3]
+    assert "cannot pickle this" in ran.results[1].faults[3]
+    assert [len(r.clients) for r in ran.results] == [3, 1, 1, 2]
+
+
+def test_workers_that_find_no_room_end_the_run_by_name(pair: RayExecutor, setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The workers die, and Ray cannot place others: the run says so in place of waiting for ever."""
+    with closing(pair.open(setup.world)) as job:
+        with monkeypatch.context() as patch:
+            patch.setattr(pair, "patience", 2.0)
+            patch.setattr(pair, "new_actor", lambda: ray.remote(Worker).options(num_cpus=50).remote())
+            for seat in pair.seats:
+                assert seat.hello is not None
+                os.kill(seat.hello.pid, signal.SIGKILL)
+            with pytest.raises(RunError, match=r"no Ray worker could be placed for 2 s \(each needs 1 CPU\); the last one: ActorDiedError"):
+                job.run(cut(setup))
+        for seat in pair.seats:  # what waits for room is taken back, and ordinary workers come
+            ray.kill(seat.actor)
+        assert same(job.run(cut(setup)), local(setup, cut(setup)))
+
+
+def test_jobs_side_by_side_get_the_bits_they_get_alone_and_share_their_samples(pair: RayExecutor, setup: Setup, small: Small) -> None:
+    others = [setup, build(small(clients={"train": {"lr": 0.05}})), build(small(seed=11))]
+    alone = [(local(s, cut(s)), local(s, cut(s, sums=True))) for s in others]
+    jobs = [pair.open(s.world) for s in others]
+    assert len(pair.shelf._held) == 2  # x and y of all three are the same digits
+    found: dict[int, list[Ran]] = {0: [], 1: [], 2: []}
+
+    def play(place: int) -> None:
+        for sums in (False, True, False):
+            found[place].append(jobs[place].run(cut(others[place], sums=sums)))
+
+    players = [threading.Thread(target=play, args=(i,)) for i in found]
+    for player in players:
+        player.start()
+    for player in players:
+        player.join(100)
+    for place, (rows, sums) in enumerate(alone):
+        assert [same(r, e) for r, e in zip(found[place], (rows, sums, rows), strict=True)] == [True] * 3
+    held = [ray.get(seat.actor.holds.remote()) for seat in pair.seats]
+    assert [len(samples) for _, samples in [(None, [None] * h[1]) for h in held]] == [2, 2]
+    for job in jobs:
+        job.close()
+        job.close()  # twice is once
+    assert [ray.get(seat.actor.holds.remote()) for seat in pair.seats] == [([], 0)] * 2
+    assert pair.shelf._held == {}
+
+
+def test_no_process_is_left(setup: Setup) -> None:
     executor = RayExecutor(1)
-    executor.open(setup.world)
-    import ray
-
-    chunk = Chunk(1, setup.params, {}, tuple(ClientTask(c, setup.roster.honest, {}) for c in range(3)))
-    before = executor.run([chunk])[0].updates
-    pid = ray.get(executor._actors[0].pid.remote())
-    os.kill(pid, signal.SIGKILL)
-    after = executor.run([chunk])[0]
+    executor.open(setup.world).run(cut(setup))
+    assert executor.seats[0].hello is not None
+    pid = executor.seats[0].hello.pid
     executor.close()
-    assert not after.faults
-    assert bool((before == after.updates).all())
+    wait_for(lambda: not Path(f"/proc/{pid}").exists(), 10)
+    assert not [t for t in threading.enumerate() if t is executor.seats[0].thread]
+
+
+# Where workers go, on clusters that are only described.
+
+
+def node(cpus: int, gpus: int = 0, alive: bool = True) -> dict[str, Any]:
+    return {"Alive": alive, "Resources": {"CPU": float(cpus)} | ({"GPU": float(gpus)} if gpus else {})}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "asked", "workers_", "share"),
+    [
+        ([node(4)], None, 4, None),
+        ([node(4), node(2), node(8, alive=False)], None, 6, None),
+        ([node(16, 4)], None, 4, 1.0),
+        ([node(16, 4)], 2, 2, 1.0),
+        ([node(16, 2)], 3, 3, 0.5),  # 2/3 of a GPU each would leave one without room
+        ([node(16, 3)], 7, 7, 0.3333),
+        ([node(2, 4), node(8, 1), node(8)], None, 3, 1.0),
+        ([node(8, 1), node(8, 1)], 4, 4, 0.5),
+    ],
+)
+def test_workers_have_room(nodes: list[dict[str, Any]], asked: int | None, workers_: int, share: float | None) -> None:
+    found = ray_start.room(nodes, asked)
+    assert (found.workers, found.options.get("num_gpus")) == (workers_, share)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "asked", "message"),
+    [
+        ([node(4)], 5, r"--workers: the Ray cluster has 4 CPUs, room for 4 \(got 5 workers\)"),
+        ([node(2, 8)], 3, r"2 CPUs and 8 GPUs, room for 2 \(got 3"),
+        ([node(0), node(0)], None, r"0 CPUs on 2 nodes, room for 0 \(got 1"),
+    ],
+)
+def test_workers_without_room_are_refused(nodes: list[dict[str, Any]], asked: int | None, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        ray_start.room(nodes, asked)
+
+
+def test_the_object_store_fits_the_machine(tmp_path: Path) -> None:
+    memory = tmp_path / "meminfo"
+    memory.write_text("MemTotal:  9999999 kB\nMemAvailable:   5242880 kB\n")
+    assert ray_start.store_size(memory, "/nowhere") == 1024**3
+    memory.write_text("MemAvailable:   1024 kB\n")
+    assert ray_start.store_size(memory, "/nowhere") == 80 * 1024**2  # Ray refuses less
+    room = os.statvfs(tmp_path)
+    memory.write_text(f"MemAvailable:   {2**50} kB\n")
+    assert ray_start.store_size(memory, str(tmp_path)) <= room.f_blocks * room.f_frsize * 9 // 10
 
 
 @pytest.mark.parametrize(("engine", "count", "message"), [("spark", 1, "unknown engine"), ("local", 0, "at least one worker")])
@@ -202,8 +415,8 @@ def test_engines_that_do_not_exist(engine: str, count: int, message: str) -> Non
 
 def test_a_cluster_that_is_not_there_is_refused_at_once() -> None:
     with pytest.raises(InputError, match="nothing answers at 127"):
-        workers._reachable("127.0.0.1:1")
-    workers._reachable("auto")
+        ray_start.reachable("127.0.0.1:1")
+    ray_start.reachable("auto")
     with pytest.raises(InputError, match="goes with --engine ray"):
         workers.make("local", 1, "127.0.0.1:1", 1.0, 0)
 
@@ -222,3 +435,55 @@ def test_auto_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers.threads, "cores", lambda: 64)
     assert pick(clients=1000)[0] == "ray"
     assert pick(clients=10)[0] == "local"
+
+
+MEMORY = """
+import json, os, sys, warnings
+warnings.simplefilter("ignore")
+import ray, numpy as np, psutil
+from fedtrust.client import Behaviour
+from fedtrust.engine import ray_start
+from fedtrust.engine.cohort import Chunk, ClientTask
+from fedtrust.engine.ray_workers import RayExecutor
+from fedtrust.scenario import parse
+from fedtrust.setup import build
+from tests.conftest import SMALL
+
+class Eats(Behaviour):
+    def poison(self, x, y, view):
+        held = [np.ones(2**24) for _ in range(32)]  # 4 GiB
+        import time
+        time.sleep(60)
+        return x, y
+
+def main():
+    memory = psutil.virtual_memory()
+    os.environ["RAY_memory_usage_threshold"] = str(min(0.95, (memory.total - memory.available + 2 * 2**30) / memory.total))
+    os.environ["RAY_memory_monitor_refresh_ms"] = "100"
+    executor = RayExecutor(1)
+    setup = build(parse(SMALL))
+    honest = setup.roster.honest
+    chunk = Chunk(1, setup.params, {}, tuple(ClientTask(c, b, {}) for c, b in ((0, honest), (1, Eats()), (2, honest))))
+    job = executor.open(setup.world)
+    first = job.run([chunk]).results[0]
+    after = job.run([chunk._replace(tasks=chunk.tasks[:1])]).results[0]
+    executor.close()
+    print(json.dumps([first.clients, list(first.faults.items()), after.clients]))
+
+main()
+"""
+
+
+@pytest.mark.slow
+def test_rays_memory_monitor_costs_only_the_client_that_eats_the_memory(tmp_path: Path) -> None:
+    """A Ray of its own, told that 2 GiB more than is in use now is too much; a client takes 4."""
+    (tmp_path / "eats.py").write_text(MEMORY)
+    root = Path(__file__).parents[2]
+    environment = os.environ | {"PYTHONPATH": str(root), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "eats.py")], capture_output=True, text=True, timeout=250, cwd=root, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    trained, faults, after = json.loads(done.stdout.splitlines()[-1])
+    assert (sorted(trained), [client for client, _ in faults], after) == ([0, 2], [1], [0])
+    assert "OutOfMemoryError" in faults[0][1]

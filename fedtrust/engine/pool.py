@@ -1,0 +1,332 @@
+"""How the chunks of several runs share the workers, and what becomes of a chunk whose worker is late or dies.
+
+A chunk whose worker died is tried again as it is: whoever was shot from outside gives the same bits the second time. A chunk that keeps
+killing its worker, is late, or whose code fails is trained client by client, so that only those who are to blame are dropped, by name.
+"""
+
+from __future__ import annotations
+
+import functools
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from fedtrust.engine.cohort import Chunk, Trained
+from fedtrust.engine.partial import Partial
+from fedtrust.engine.sums import Tree
+from fedtrust.errors import RunError
+from fedtrust.interrupt import Stopped
+
+T = TypeVar("T")
+#: How often the partial sums of a round may be lost before it is given up.
+_REDO = 20
+
+
+class Ran(NamedTuple):
+    """What a round of training gave.
+
+    Attributes:
+        results: one a chunk, in the order of the chunks; a chunk (or client) that could not be trained has faults.
+        total: the chunks' `Trained.total` [d], added up by a fixed binary tree over the chunks' numbers; `None` if no chunk had one.
+    """
+
+    results: list[Trained]
+    total: Tensor | None
+
+
+class Done(NamedTuple, Generic[T]):
+    """A worker's result: what it trained, without the sum, and the sum wherever it lies."""
+
+    trained: Trained
+    total: T | None
+
+
+class Failed(NamedTuple):
+    """Why a worker gave no result.
+
+    Attributes:
+        why: for the clients' record.
+        again: whether the same clients may do better on another worker.
+        counts: whether they may have had to do with it at all; if not, they are put back as if nothing had been.
+    """
+
+    why: str
+    again: bool
+    counts: bool = True
+
+
+class LostError(Exception):
+    """Partial sums are gone with the machine that held them.
+
+    Args:
+        parts: the partial sums.
+    """
+
+    def __init__(self, *parts: object) -> None:
+        super().__init__(f"{len(parts)} partial sums are lost")
+        self.parts = parts
+
+
+@dataclass(eq=False)
+class Piece:
+    """Clients to be trained together: a chunk, or one client of a chunk that failed.
+
+    Attributes:
+        number: the chunk's number.
+        chunk: the chunk, or what is left of it.
+        place: the client's place in the chunk when it is trained alone.
+        tries: how often a worker has failed on it.
+        started: when a worker began, by `time.monotonic`.
+    """
+
+    number: int
+    chunk: Chunk
+    place: int | None = None
+    tries: int = 0
+    started: float | None = None
+
+
+class Round(Generic[T]):
+    """The chunks of one call of `Job.run`: which wait, which are at work, and what came of them."""
+
+    def __init__(
+        self, chunks: Sequence[Chunk], retries: int, add: Callable[[T, T], T], fetch: Callable[[T], Tensor], owner: Any = None
+    ) -> None:
+        """Line up the chunks.
+
+        Args:
+            chunks: what is to be trained.
+            retries: how often a chunk is tried again after its worker died.
+            add: adds two partial sums; may raise `LostError`.
+            fetch: returns a partial sum as a tensor of this process; may raise `LostError`.
+            owner: the job.
+        """
+        self.chunks, self.owner = chunks, owner
+        self.done: queue.SimpleQueue[tuple[Piece, Done[T] | Failed] | None] = queue.SimpleQueue()
+        self.running: set[Piece] = set()
+        self.total: Tensor | None = None
+        self.more = False  # whether pieces wait that idle workers have not been told of
+        self._retries, self._add, self._fetch = retries, add, fetch
+        self._waiting = deque(Piece(number, chunk) for number, chunk in enumerate(chunks))
+        self._lock = threading.Lock()  # hands take pieces while the run's thread settles others
+        self._results: list[Trained | None] = [None] * len(chunks)
+        self._alone: dict[int, dict[int, Done[T]]] = {}
+        self._left, self._redone = len(chunks), 0
+        self._tree: Tree[T] = Tree(len(chunks), add)
+
+    def take(self, near: Callable[[int], bool] | None = None) -> Piece | None:
+        """Return a piece that nobody works on, if there is one; rather one whose chunk's number is `near`."""
+        with self._lock:
+            if not self._waiting:
+                return None
+            place = 0
+            if near is not None:
+                place = next((i for i, piece in enumerate(self._waiting) if near(piece.number)), 0)
+            piece = self._waiting[place]
+            del self._waiting[place]
+            piece.started = None
+            self.running.add(piece)
+            return piece
+
+    def settle(self, piece: Piece, outcome: Done[T] | Failed) -> None:
+        """Take note of what came of a piece."""
+        with self._lock:
+            self.running.discard(piece)
+        if isinstance(outcome, Failed):
+            if not outcome.counts:
+                self._first(piece)
+                return
+            piece.tries += 1
+            alone = len(piece.chunk.tasks) == 1
+            if outcome.again and piece.place is None and piece.tries <= self._retries:
+                self._first(piece)
+                return
+            if not alone:
+                self._separate(piece)
+                return
+            outcome = Done(lost(piece.chunk, outcome.why), None)
+        if piece.place is None:
+            self._finish(piece.number, outcome)
+            return
+        parts = self._alone[piece.number]
+        parts[piece.place] = outcome
+        if len(parts) == len(self.chunks[piece.number].tasks):
+            self._finish(piece.number, self._together(self._alone.pop(piece.number)))
+
+    def _first(self, *pieces: Piece) -> None:
+        with self._lock:
+            self._waiting.extendleft(reversed(pieces))
+            self.more = True
+
+    def _separate(self, piece: Piece) -> None:
+        self._alone[piece.number] = {}
+        self._first(*(Piece(piece.number, piece.chunk._replace(tasks=(t,)), place) for place, t in enumerate(piece.chunk.tasks)))
+
+    def _together(self, parts: dict[int, Done[T]]) -> Done[T]:
+        """Return the result of a chunk whose clients were trained one by one."""
+        found = [parts[place].trained for place in range(len(parts))]
+        rows = [t for t in found if t.clients]
+        first = rows[0] if rows else found[0]
+        sums: Tree[T] = Tree(len(parts), self._add)
+        for place in range(len(parts)):
+            sums.put(place, parts[place].total)
+        together = first._replace(
+            clients=tuple(c for t in rows for c in t.clients),
+            updates=torch.cat([t.updates for t in rows]) if rows else first.updates,
+            losses=torch.cat([t.losses for t in rows]) if rows else first.losses,
+            memories=tuple(m for t in rows for m in t.memories),
+            norms=_joined([t.norms for t in rows]),
+            partial=_partial(rows),
+            faults={client: why for t in found for client, why in t.faults.items()},
+        )
+        return Done(together, sums.result())
+
+    def _finish(self, number: int, done: Done[T]) -> None:
+        self._results[number] = done.trained
+        self._left -= 1
+        try:
+            self._tree.put(number, done.total)
+        except LostError as error:
+            self._redo(error.parts)
+
+    def _redo(self, parts: Sequence[object]) -> None:
+        """Train again what lost partial sums were made of."""
+        numbers = self._tree.discard(lambda part: any(part is gone for gone in parts))
+        self._left += len(numbers)
+        self._redone += 1
+        if self._redone > _REDO:
+            raise RunError("partial sums were lost again and again")
+        self._first(*(Piece(number, self.chunks[number]) for number in numbers))
+
+    def complete(self) -> bool:
+        """Return whether everything is in; then `total` is the sum."""
+        if self._left:
+            return False
+        total = self._tree.result()
+        if total is not None and self.total is None:
+            try:
+                self.total = self._fetch(total)
+            except LostError as error:
+                self._redo(error.parts)
+                return False
+        return True
+
+    def results(self) -> list[Trained]:
+        """Return the results in the order of the chunks."""
+        return [result for result in self._results if result is not None]
+
+
+class Pool:
+    """Rounds that want workers, and workers that want work; every round gets its turn."""
+
+    def __init__(self) -> None:
+        self.closed = False
+        self._rounds: deque[Round[Any]] = deque()
+        self._changed = threading.Condition()
+
+    def take(self, near: Callable[[Round[Any], int], bool] | None = None) -> tuple[Round[Any], Piece] | None:
+        """Return the next piece of work, rather one whose chunk is `near`; waits for one, and returns `None` when the pool closes."""
+        with self._changed:
+            while not self.closed:
+                work = self._next(near)
+                if work is not None:
+                    return work
+                self._changed.wait()
+            return None
+
+    def _next(self, near: Callable[[Round[Any], int], bool] | None) -> tuple[Round[Any], Piece] | None:
+        for _ in range(len(self._rounds)):
+            turn = self._rounds[0]
+            self._rounds.rotate(-1)
+            piece = turn.take(None if near is None else functools.partial(near, turn))
+            if piece is not None:
+                return turn, piece
+        return None
+
+    def run(self, turn: Round[Any], tend: Callable[[], float]) -> Ran:
+        """See a round through.
+
+        Args:
+            turn: the round.
+            tend: looks after the workers; returns in how many seconds it wants to be called again at the latest.
+
+        Raises:
+            Stopped: the pool or the job was closed.
+        """
+        with self._changed:
+            if self.closed:
+                raise Stopped
+            self._rounds.append(turn)
+            self._changed.notify_all()
+        try:
+            while True:
+                patience = tend()
+                if turn.complete():
+                    break
+                if turn.more:
+                    turn.more = False
+                    self.wake()
+                try:
+                    event = turn.done.get(timeout=max(0.0, patience))
+                except queue.Empty:
+                    continue
+                if event is None:
+                    raise Stopped
+                turn.settle(*event)
+        finally:
+            with self._changed:
+                self._rounds.remove(turn)
+        return Ran(turn.results(), turn.total)
+
+    def pause(self, seconds: float) -> None:
+        """Wait, but not longer than until the pool closes."""
+        end = time.monotonic() + seconds
+        with self._changed:
+            while not self.closed and (left := end - time.monotonic()) > 0:
+                self._changed.wait(left)
+
+    def wake(self) -> None:
+        """Let waiting workers look for work."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def stop(self, owner: object) -> None:
+        """Call off the rounds of a job."""
+        with self._changed:
+            for turn in self._rounds:
+                if turn.owner is owner:
+                    turn.done.put(None)
+
+    def close(self) -> None:
+        """Call off every round and send the workers home."""
+        with self._changed:
+            self.closed = True
+            for turn in self._rounds:
+                turn.done.put(None)
+            self._changed.notify_all()
+
+
+def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
+    found = [part for part in parts if part is not None]
+    return torch.cat(found) if found and len(found) == len(parts) else None
+
+
+def _partial(rows: Sequence[Trained]) -> Partial | None:
+    """Return what is known of a sum whose rows were made one by one: each row's trust, the loosest bound."""
+    parts = [t.partial for t in rows if t.partial is not None]
+    if not parts:
+        return None
+    bounds = [part.bound for part in parts if part.bound is not None]
+    return Partial(_joined([part.trust for part in parts]), max(bounds) if len(bounds) == len(parts) else None)
+
+
+def lost(chunk: Chunk, reason: str) -> Trained:
+    """Return the result of a chunk nobody of which could be trained."""
+    return Trained((), torch.zeros(0, 0), torch.zeros(0), (), {task.client: reason for task in chunk.tasks})

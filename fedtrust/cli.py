@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -12,6 +13,9 @@ import click
 import typer
 
 from fedtrust.errors import FedTrustError, InputError, nearest
+
+#: Exit status of a run that was interrupted.
+_INTERRUPTED = 130
 
 ENGINES = click.Choice(["auto", "local", "ray"])
 TEMPLATES = click.Choice(["behaviour", "aggregator", "scenario"])
@@ -55,6 +59,7 @@ def run(
     engine: Annotated[str, typer.Option(click_type=ENGINES, help="Who computes; never changes the result.")] = "auto",
     workers: Annotated[int | None, typer.Option(min=1, max=4096, metavar="N", help="How many threads or Ray workers.")] = None,
     ray_address: Annotated[str | None, typer.Option(metavar="ADDRESS", help="A running Ray cluster.")] = None,
+    cells: Annotated[int | None, typer.Option(min=1, max=4096, metavar="N", help="How many cells of a [sweep] at once.")] = None,
     allow_plugin: Plugins = None,
     data_root: DataRoot = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but the folder of the results.")] = False,
@@ -65,7 +70,7 @@ def run(
 
     if (scenario is None) == (resume is None):
         raise click.UsageError("name a scenario file, or a folder with --resume")
-    how = cli_run.How(engine, workers, ray_address, quiet, plain, tuple(allow_plugin or ()))
+    how = cli_run.How(engine, workers, ray_address, cells, quiet, plain, tuple(allow_plugin or ()))
     if resume is not None:
         for given, option in ((sets, "--set"), (out, "--out"), (data_root, "--data-root")):
             if given:
@@ -178,8 +183,30 @@ def _usage(error: click.UsageError) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code: 0 fine, 1 the run failed, 2 the input is wrong, 130 interrupted.
 
-    `FEDTRUST_DEBUG=1` shows tracebacks.
+    `FEDTRUST_DEBUG=1` shows tracebacks. Without arguments of its own it takes those of the process, and may end it.
     """
+    code = _answer(argv)
+    if argv is None:
+        _leave(code)
+    return code
+
+
+def _leave(code: int) -> None:
+    """End the process here and now if a thread of a run is still at it: one that hangs, or an interrupted rule in the middle of its work.
+
+    Python would take itself apart under that thread, and the process abort with a status that says nothing. Whoever interrupts waits for
+    nothing else either: everything of worth is on the disk.
+    """
+    import threading
+
+    if code == _INTERRUPTED or any(thread.name.startswith("fedtrust-") for thread in threading.enumerate()):
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError, AttributeError):  # closed by the caller, or nobody reads
+                stream.flush()
+        os._exit(code)
+
+
+def _answer(argv: Sequence[str] | None) -> int:
     debug = os.environ.get("FEDTRUST_DEBUG", "") not in ("", "0")
     try:
         result: Any = app(list(sys.argv[1:] if argv is None else argv), prog_name="fedtrust", standalone_mode=False)
@@ -190,7 +217,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more when it ends
         return 0
     except (KeyboardInterrupt, click.Abort):
-        return _complain("interrupted", 130)
+        return _complain("interrupted", _INTERRUPTED)
     except click.UsageError as error:
         return _complain(_usage(error), 2)
     except click.ClickException as error:
@@ -200,9 +227,23 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return _complain(str(error), 2 if isinstance(error, InputError) else 1)
     except Exception as error:
+        unwritable = _unwritable()
+        if unwritable:
+            return _complain(f"cannot write to stdout: {unwritable}", 1)
         if debug:
             raise
         return _complain(f"{type(error).__name__}: {error} (a fault in fedtrust; FEDTRUST_DEBUG=1 shows where)", 1)
+
+
+def _unwritable() -> str:
+    """Return why what was printed does not get out, or nothing; what is left of it is dropped, or Python complains once more at its end."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return error.strerror or str(error)
+    return ""
 
 
 if __name__ == "__main__":

@@ -16,8 +16,6 @@ _PACKAGES = ("fedtrust", "torch", "torchvision", "flwr", "ray", "numpy", "scikit
 _BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 #: Local copies of a model that training one client holds at a time: parameters, gradients, momentum, and what autograd keeps.
 _COPIES_TRAINING = 6
-#: Copies of the round's updates [n, d] on the server: the updates, their stack, and a rule's own work.
-_COPIES_SERVER = 4
 _CHUNK = 25
 
 
@@ -55,24 +53,15 @@ def _imports(name: str) -> str:
 def _hardware() -> list[tuple[str, str]]:
     import torch
 
+    from fedtrust import memory
     from fedtrust.engine import threads
 
-    rows = [("cores", str(threads.cores())), ("memory", _size(memory()) + " free" if memory() else "unknown")]
+    room = memory.free()
+    rows = [("cores", str(threads.cores())), ("memory", _size(room) + " free" if room else "unknown")]
     count = torch.cuda.device_count()
     for index in range(count):
         rows.append((f"gpu {index}", f"{torch.cuda.get_device_name(index)}, {_size(torch.cuda.get_device_properties(index).total_memory)}"))
     return rows if count else [*rows, ("gpu", "none; everything runs on the CPU")]
-
-
-def memory() -> int | None:
-    """Return the bytes of memory that are free for a new process, or `None` where the system does not say."""
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        return None
-    return None
 
 
 def _size(count: float | None) -> str:
@@ -82,7 +71,7 @@ def _size(count: float | None) -> str:
 
 
 def _scenario(path: Path, allow_plugins: Sequence[str], data_root: str | None) -> list[tuple[str, str]]:
-    from fedtrust import scenario
+    from fedtrust import memory, scenario
 
     asked = scenario.load(path, allow_plugins=allow_plugins, data_root=data_root)
     facts = scenario.check(asked)
@@ -90,7 +79,7 @@ def _scenario(path: Path, allow_plugins: Sequence[str], data_root: str | None) -
         parts = estimate(asked)
     except FedTrustError as error:
         return [("scenario", str(error))]
-    total, free = sum(parts.values()), memory()
+    total, free = sum(parts.values()), memory.free()
     said = ", ".join(f"{name} {_size(size)}" for name, size in parts.items())
     fits = "" if free is None else (" (fits)" if total < free else " (MORE THAN IS FREE)")
     return [("scenario", fact) for fact in facts] + [("estimate", f"about {_size(total)}{fits}: {said}")]
@@ -98,19 +87,26 @@ def _scenario(path: Path, allow_plugins: Sequence[str], data_root: str | None) -
 
 def estimate(asked: object) -> dict[str, int]:
     """Return a rough number of bytes by what they are for; activations are left out, they depend on the model's shape."""
-    from fedtrust.engine import threads
+    import torch
+
+    from fedtrust import matrix, memory
+    from fedtrust.engine import threads, workers
     from fedtrust.scenario import Scenario
     from fedtrust.setup import build
 
     if not isinstance(asked, Scenario):
         raise TypeError("not a scenario")
-    setup = build(asked.cells()[0].scenario)
-    data, size = setup.world.data, setup.world.layout.size
-    cohort = asked.clients.cohort
-    samples = sum(t.numel() * t.element_size() for t in (data.x, data.y, data.x_test, data.y_test))
+    cells = asked.cells()
+    setup = build(cells[0].scenario)
+    size, cohort = setup.world.layout.size, asked.clients.cohort
+    # Cells side by side share their samples; each has a server of its own.
+    local = workers.pick("auto", cohort, None)[0] == "local"
+    width = matrix.at_once(cells, torch.cuda.device_count() or threads.cores(), local=local)
+    servers = "the server" if width == 1 else f"{width} servers (so many cells at once)"
+    first = {cell.labels["strategies"]: cell for cell in reversed(cells)}.values()
     return {
         "python and libraries": 600 * 2**20,
-        "data": 3 * samples,
-        "updates on the server": _COPIES_SERVER * cohort * size * 4,
+        "data": 3 * memory.samples(setup.world),
+        f"updates on {servers}": width * max(memory.server(build(cell.scenario), cohort) for cell in first),
         "training": _COPIES_TRAINING * min(_CHUNK, cohort) * threads.cores() * size * 4,
     }

@@ -26,6 +26,7 @@ class How(NamedTuple):
     engine: str = "auto"
     workers: int | None = None
     ray_address: str | None = None
+    cells: int | None = None
     quiet: bool = False
     plain: bool = False
     plugins: tuple[str, ...] = ()
@@ -91,9 +92,10 @@ def resume(directory: Path, how: How) -> int:
 
 
 def _engine(how: How) -> dict[str, Any]:
-    return {"engine": how.engine, "workers": how.workers, "ray_address": how.ray_address}
+    return {"engine": how.engine, "workers": how.workers, "ray_address": how.ray_address, "cells": how.cells}
 
 
+@console.forgiving()
 def _play(how: How, start: Callable[[Any], Any]) -> int:
     with console.listener(quiet=how.quiet, plain=how.plain) as listener:
         result = start(listener)

@@ -149,7 +149,14 @@ _HOOKS: dict[str, str] = {"poison": "data", "loss": "training", "craft": "update
 def overrides(behaviour: Behaviour | type[Behaviour], hook: str) -> bool:
     """Return whether a behaviour overrides the hook."""
     cls = behaviour if isinstance(behaviour, type) else type(behaviour)
-    return getattr(cls, hook) is not getattr(Behaviour, hook)
+    known = _OVERRIDES.get((cls, hook))
+    if known is None:
+        known = _OVERRIDES[cls, hook] = getattr(cls, hook) is not getattr(Behaviour, hook)
+    return known
+
+
+#: What `overrides` has said: it is asked several times a client and round.
+_OVERRIDES: dict[tuple[type[Behaviour], str], bool] = {}
 
 
 def capabilities(cls: type[Behaviour]) -> tuple[str, ...]:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import sys
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from statistics import fmean
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TextIO
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -18,10 +23,12 @@ from rich.text import Text
 
 from fedtrust.listener import SilentListener
 
-#: So many of the last rounds are shown, and so many rows of a matrix.
-ROUNDS_SHOWN, ROWS_SHOWN = 8, 14
+#: So many of the last rounds are shown, so many of the cells that are being played, and so many rows of a matrix.
+ROUNDS_SHOWN, CELLS_SHOWN, ROWS_SHOWN = 8, 4, 12
 #: More columns of a matrix do not fit into 80 characters.
 COLUMNS_SHOWN = 5
+#: Seconds after which a log of plain lines says how far a matrix is if no cell has ended.
+SIGN_OF_LIFE = 60.0
 
 
 class QuietListener(SilentListener):
@@ -43,6 +50,58 @@ class SafeConsole(Console):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+class _Forgiving:
+    """A stream that goes silent when it cannot be written any more, and remembers why."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self.error: OSError | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Write, or do nothing."""
+        if self.error is None:
+            try:
+                return self._stream.write(text)
+            except OSError as error:
+                self._silence(error)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush, or do nothing."""
+        if self.error is None:
+            try:
+                self._stream.flush()
+            except OSError as error:
+                self._silence(error)
+
+    def _silence(self, error: OSError) -> None:
+        self.error = error
+        with contextlib.suppress(OSError, ValueError):  # what is still buffered must go somewhere, or Python complains when it ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+
+@contextlib.contextmanager
+def forgiving() -> Iterator[None]:
+    """Let a run go on while stdout or stderr cannot be written: nobody reads, the terminal is closed, a disk is full."""
+    before = sys.stdout, sys.stderr
+    streams = [None if stream is None else _Forgiving(stream) for stream in before]
+    sys.stdout, sys.stderr = streams
+    try:
+        yield
+    finally:
+        for stream in streams:
+            if stream is not None:
+                stream.flush()
+        sys.stdout, sys.stderr = before
+        error = streams[0].error if streams[0] is not None else None
+        if error is not None and error.errno == errno.ENOSPC and sys.stderr is not None:
+            with contextlib.suppress(OSError):
+                print(f"warning: cannot write to stdout: {error.strerror}", file=sys.stderr)
+
+
 def share(value: Any, digits: int = 1) -> str:
     """Return a fraction as a percentage, or a dash."""
     return f"{100 * value:.{digits}f} %" if isinstance(value, int | float) else "–"
@@ -55,39 +114,60 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"
 
 
+@dataclass
+class Playing:
+    """A cell that is being played: how far it is, and its last rounds."""
+
+    reached: int
+    records: deque[Mapping[str, Any]] = field(default_factory=lambda: deque(maxlen=ROUNDS_SHOWN))
+
+    @property
+    def measured(self) -> str:
+        """Accuracy and attack success after its last round, or the loss; nothing before the first."""
+        metrics = (self.records[-1].get("metrics") or {}) if self.records else {}
+        shares = [share(metrics[key]) for key in ("accuracy", "attack-success") if key in metrics]
+        return " / ".join(shares) or (f"loss {metrics['loss']:.4g}" if "loss" in metrics else "")
+
+
 class Tracker(QuietListener):
-    """Keeps count: which cells are done, how far the present one is, how long the rest will take."""
+    """Keeps count: which cells are done, how far the ones that are being played are, how long the rest will take.
+
+    `lock` guards what it counts: a live table is drawn by another thread.
+    """
 
     def __init__(self) -> None:
+        self.lock = threading.Lock()
         self.cells: Sequence[str] = []
         self.rounds = 0
-        self.current = ""
+        self.playing: dict[str, Playing] = {}
         self.results: dict[str, Mapping[str, Any]] = {}
-        self.records: list[Mapping[str, Any]] = []
-        self.reached = 0
         self._played = 0
         self._began = time.monotonic()
 
     def matrix_started(self, cells: Sequence[str], rounds: int) -> None:
         """See `Listener`."""
-        self.cells, self.rounds = list(cells), rounds
-        self._began = time.monotonic()
+        with self.lock:
+            self.cells, self.rounds = list(cells), rounds
+            self._began = time.monotonic()
 
     def cell_started(self, name: str, labels: Mapping[str, Any], rounds: int, done_rounds: int) -> None:
         """See `Listener`."""
-        self.current, self.reached, self.records = name, done_rounds, []
+        with self.lock:
+            self.playing[name] = Playing(done_rounds)
 
     def round_done(self, name: str, record: Mapping[str, Any]) -> None:
         """See `Listener`."""
-        self.records.append(record)
-        self.reached = int(record["round"])
-        self._played += 1 if self.reached else 0  # round 0 is the untrained model, measured only
+        with self.lock:
+            cell = self.playing[name]
+            cell.records.append(record)
+            cell.reached = int(record["round"])
+            self._played += 1 if cell.reached else 0  # round 0 is the untrained model, measured only
 
     def cell_done(self, name: str, summary: Mapping[str, Any]) -> None:
         """See `Listener`."""
-        self.results[name] = summary
-        if name == self.current:
-            self.current, self.reached = "", 0
+        with self.lock:
+            self.results[name] = {key: summary[key] for key in ("status", "why", "metrics") if key in summary}  # of ten thousand cells
+            self.playing.pop(name, None)
 
     @property
     def total(self) -> int:
@@ -97,13 +177,17 @@ class Tracker(QuietListener):
     @property
     def done(self) -> int:
         """How many of them are over."""
-        return min(self.total, len(self.results) * self.rounds + self.reached)
+        return min(self.total, len(self.results) * self.rounds + sum(cell.reached for cell in self.playing.values()))
+
+    def elapsed(self) -> float:
+        """Return the seconds since the start."""
+        return time.monotonic() - self._began
 
     def left(self) -> float | None:
-        """Return the seconds that are left at the pace so far; `None` before the first round."""
+        """Return the seconds that are left at the pace so far, of all cells together; `None` before the first round."""
         if not self._played:
             return None
-        return (time.monotonic() - self._began) / self._played * (self.total - self.done)
+        return self.elapsed() / self._played * (self.total - self.done)
 
 
 class PlainListener(Tracker):
@@ -112,9 +196,11 @@ class PlainListener(Tracker):
     def __init__(self, console: Console | None = None) -> None:
         super().__init__()
         self._console = console or SafeConsole(highlight=False, soft_wrap=True)
+        self._said = time.monotonic()
 
     def _say(self, text: str) -> None:
         self._console.print(Text(text))
+        self._said = time.monotonic()
 
     def matrix_started(self, cells: Sequence[str], rounds: int) -> None:
         """See `Listener`."""
@@ -126,14 +212,15 @@ class PlainListener(Tracker):
         super().round_done(name, record)
         if len(self.cells) == 1:
             self._say(f"round {record['round']}/{self.rounds}: {measured(record)}{self._rest()}")
+        elif time.monotonic() - self._said >= SIGN_OF_LIFE:
+            now = ", ".join(f"{name} (round {cell.reached}/{self.rounds})" for name, cell in self.playing.items())
+            self._say(f"{100 * self.done // self.total} %{self._rest()}; now {now}")
 
     def cell_done(self, name: str, summary: Mapping[str, Any]) -> None:
         """See `Listener`."""
         super().cell_done(name, summary)
         if len(self.cells) > 1:
-            why = f": {summary['why']}" if summary.get("why") else ""
-            said = measured(summary) if summary.get("status") == "finished" else f"{summary.get('status')}{why}"
-            self._say(f"[{len(self.results)}/{len(self.cells)}] {name}: {said}{self._rest()}")
+            self._say(f"[{len(self.results)}/{len(self.cells)}] {ending(name, summary)}{self._rest()}")
 
     def note(self, text: str) -> None:
         """See `Listener`."""
@@ -142,6 +229,14 @@ class PlainListener(Tracker):
     def _rest(self) -> str:
         left = self.left()
         return f" ({clock(left)} left)" if left is not None and self.done < self.total else ""
+
+
+def ending(name: str, summary: Mapping[str, Any]) -> str:
+    """Return how a cell ended as words."""
+    if summary.get("status") == "finished":
+        return f"{name}: {measured(summary)}"
+    why = f": {summary['why']}" if summary.get("why") else ""
+    return f"{name}: {summary.get('status')}{why}"
 
 
 def measured(record: Mapping[str, Any]) -> str:
@@ -156,11 +251,12 @@ def measured(record: Mapping[str, Any]) -> str:
 
 
 class RichListener(Tracker):
-    """A progress bar with the time left, above the present run's last rounds or the matrix so far."""
+    """A progress bar with the time left, above a run's last rounds, or above the cells that are being played and the matrix so far."""
 
     def __init__(self, console: Console | None = None) -> None:
         super().__init__()
         self._console = console or SafeConsole(highlight=False)
+        self._groups: Mapping[tuple[str, str], Sequence[str]] = {}
         self._live = Live(console=self._console, refresh_per_second=4, transient=True, get_renderable=self.render)
 
     def __enter__(self) -> Self:
@@ -170,25 +266,35 @@ class RichListener(Tracker):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._live.stop()
 
+    def matrix_started(self, cells: Sequence[str], rounds: int) -> None:
+        """See `Listener`."""
+        self._groups = groups_of(cells)
+        super().matrix_started(cells, rounds)
+
+    def cell_done(self, name: str, summary: Mapping[str, Any]) -> None:
+        """See `Listener`."""
+        super().cell_done(name, summary)
+        if len(self.cells) > 1 and summary.get("status") != "finished":
+            self.note(ending(name, summary))
+
     def note(self, text: str) -> None:
         """See `Listener`."""
-        self._console.print(Text(text))
+        self._console.print(Text(text))  # not under the lock: printing draws the table anew, which takes it
 
     def render(self) -> RenderableType:
         """Return what stands on the screen now."""
-        if not self.cells:
-            return Text("starting …")
-        return Group(self._bar(), self._matrix() if len(self.cells) > 1 else self._rounds())
+        with self.lock:
+            if not self.cells:
+                return Text("starting …")
+            if len(self.cells) == 1:
+                return Group(self._bar(f"round {self.done}/{self.rounds}"), self._rounds())
+            table = progress_table(self._groups, self.results, self.playing)
+            return Group(self._bar(f"{len(self.results)}/{len(self.cells)} runs"), self._now(), table)
 
-    def _bar(self) -> RenderableType:
+    def _bar(self, done: str) -> RenderableType:
         left = self.left()
         grid = Table.grid(padding=(0, 1), expand=False)
-        rest = f"{clock(left)} left" if left is not None else "…"
-        done = (
-            f"run {min(len(self.results) + 1, len(self.cells))}/{len(self.cells)}"
-            if len(self.cells) > 1
-            else f"round {self.reached}/{self.rounds}"
-        )
+        rest = f"{clock(self.elapsed())}, {clock(left)} left" if left is not None else clock(self.elapsed())
         grid.add_row(Text(done, "bold"), ProgressBar(self.total, self.done, width=30), f"{100 * self.done // self.total} %", rest)
         return grid
 
@@ -196,7 +302,7 @@ class RichListener(Tracker):
         table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
         for title in ("round", "accuracy", "attack success", "train loss", "replies", "seconds"):
             table.add_column(title, justify="right")
-        for record in self.records[-ROUNDS_SHOWN:]:
+        for record in next((cell.records for cell in self.playing.values()), ()):
             metrics = record.get("metrics") or {}
             loss = record.get("train_loss")
             replies = f"{record['valid']}/{len(record['cohort'])}" if "cohort" in record else "–"
@@ -210,20 +316,30 @@ class RichListener(Tracker):
             )
         return table
 
-    def _matrix(self) -> RenderableType:
-        now = self.records[-1] if self.records else {}
-        doing = Text(
-            f"{self.current}  round {self.reached}/{self.rounds}  {measured(now) if now else ''}", overflow="ellipsis", no_wrap=True
-        )
-        return Group(doing, progress_table(self.cells, self.results, self.current))
+    def _now(self) -> RenderableType:
+        """Return the cells that are being played, those that began first on top, and how many more there are."""
+        grid = Table.grid(padding=(0, 2, 0, 0), expand=True)
+        for ratio in (1, None, None):
+            grid.add_column(ratio=ratio, overflow="ellipsis", no_wrap=True)
+        for name, cell in list(self.playing.items())[:CELLS_SHOWN]:
+            grid.add_row(name, f"round {cell.reached}/{self.rounds}", cell.measured)
+        more = len(self.playing) - CELLS_SHOWN
+        return Group(grid, Text(f"and {more} more", "dim")) if more > 0 else grid
 
 
-def progress_table(cells: Sequence[str], results: Mapping[str, Mapping[str, Any]], current: str = "") -> Table:
-    """Return the matrix so far: accuracy and attack success by attack and strategy, averaged over what else differs."""
+def groups_of(cells: Sequence[str]) -> dict[tuple[str, str], list[str]]:
+    """Return the cells by attack and strategy."""
     groups: dict[tuple[str, str], list[str]] = {}
     for cell in cells:
         attack, strategy = [*cell.split("__"), ""][:2]
         groups.setdefault((attack, strategy), []).append(cell)
+    return groups
+
+
+def progress_table(
+    groups: Mapping[tuple[str, str], Sequence[str]], results: Mapping[str, Mapping[str, Any]], playing: Collection[str] = ()
+) -> Table:
+    """Return the matrix so far: accuracy and attack success by attack and strategy, averaged over what else differs."""
     down, across = (list(dict.fromkeys(key[i] for key in groups)) for i in (0, 1))
     turned = len(across) > COLUMNS_SHOWN and len(down) < len(across)
     if turned:
@@ -234,15 +350,15 @@ def progress_table(cells: Sequence[str], results: Mapping[str, Mapping[str, Any]
         table.add_column(name, justify="right", overflow="ellipsis", no_wrap=True)
     for row in down[:ROWS_SHOWN]:
         keys = [(column, row) if turned else (row, column) for column in across[:COLUMNS_SHOWN]]
-        table.add_row(row, *[_entry(groups.get(key, []), results, current) for key in keys])
+        table.add_row(row, *[_entry(groups.get(key, []), results, playing) for key in keys])
     return table
 
 
-def _entry(cells: Sequence[str], results: Mapping[str, Mapping[str, Any]], current: str) -> Text:
+def _entry(cells: Sequence[str], results: Mapping[str, Mapping[str, Any]], playing: Collection[str]) -> Text:
     found = [results[c] for c in cells if c in results]
     good = [r["metrics"] for r in found if r.get("status", "finished") == "finished"]
     if not good:
-        return Text("failed", "bold red") if found else Text("…" if current in cells else "·", "dim")
+        return Text("failed", "bold red") if found else Text("…" if any(c in playing for c in cells) else "·", "dim")
     parts = [[m[key] for m in good if key in m] for key in ("accuracy", "attack-success")]
     return Text(" / ".join(f"{100 * fmean(p):.1f}" for p in parts if p) or "done")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import itertools
 import platform
@@ -10,14 +11,15 @@ import subprocess
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from flwr.app import Message
 from torch import Tensor
 
 from fedtrust import plugins
 from fedtrust.engine import threads
-from fedtrust.engine.flower import ARRAYS
+from fedtrust.engine.flower import ARRAYS, CohortReply
 from fedtrust.engine.validate import Valid
 from fedtrust.runs import CLIENTS, ROUNDS, RunDirectory, write_json
 from fedtrust.scenario import Cell, Scenario
@@ -64,7 +66,7 @@ def client_rows(
     for client in asked:
         group = setup.roster.group(client, number)
         i = place.get(client)
-        norm = None if i is None else _norm(valid.messages[i].content.array_records[ARRAYS])
+        norm = None if i is None else _norm(valid.messages[i])
         loss = losses.get(client)
         rows.append(
             {
@@ -82,30 +84,22 @@ def client_rows(
     return rows
 
 
-def _norm(record: Any) -> float | None:
+def _norm(message: Message) -> float | None:
+    if isinstance(message, CohortReply) and message.norm is not None:
+        return message.norm
+    record = message if isinstance(message, CohortReply) else message.content.array_records[ARRAYS]
     delta = getattr(record, "delta", None)
-    return None if delta is None else float(delta.double().norm())
+    return None if delta is None else float(torch.linalg.vector_norm(delta, dtype=torch.float64))
 
 
 def write_environment(directory: RunDirectory, scenario: Scenario, engine: str, reason: str) -> None:
     """Write `environment.json`: everything beside the scenario that a reader may want to know."""
-    versions = {}
-    for package in _PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = "not installed"
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     origin = scenario.origin
     write_json(
         directory.path / "environment.json",
         {
-            "python": platform.python_version(),
-            "platform": platform.platform(),
-            "versions": versions,
-            "git": _git_state(),
+            **_machine(),
             "seed": scenario.seed,
-            "devices": gpus or ["cpu"],
             "cores": threads.cores(),
             "server_threads": threads.SERVER,
             "engine": engine,
@@ -115,6 +109,26 @@ def write_environment(directory: RunDirectory, scenario: Scenario, engine: str, 
             "plugins": list(origin.allow_plugins) if origin else [],
         },
     )
+
+
+@functools.cache
+def _machine() -> dict[str, Any]:
+    """Return what stays the same while this process lives; asked for once, not by each of ten thousand cells."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": {package: _version(package) for package in _PACKAGES},
+        "git": _git_state(),
+        "devices": gpus or ["cpu"],
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def _git_state() -> str:
@@ -163,6 +177,7 @@ def run_summary(setup: Setup, directory: RunDirectory, final: tuple[str, Tensor]
         "federation": federation(setup),
         "assumed_malicious": scenario.strategy.assumed_malicious,
         "trust_mean": _trust_mean(directory),
+        **_devices(rounds),
         "warnings": _warnings(rounds),
     }
 
@@ -206,44 +221,70 @@ def _trust_mean(directory: RunDirectory) -> dict[str, float]:
     return {str(c): sum(v) / len(v) for c, v in sorted(seen.items())}
 
 
+def _devices(rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return what became of the clients that were asked, over all rounds; nothing for a world without devices."""
+    told = [r for r in rounds if "fates" in r]
+    if not told:
+        return {}
+    fates = {fate: sum(len(r["fates"][fate]) for r in told) for fate in told[0]["fates"]}
+    asked = sum(len(r["cohort"]) for r in told)
+    clock = {"virtual_seconds": rounds[-1]["clock"]} if "clock" in rounds[-1] else {}
+    return {**clock, "fates": {"asked": asked, "replied": asked - sum(fates.values()), **fates}}
+
+
 def _warnings(rounds: Sequence[Mapping[str, Any]]) -> list[str]:
-    dropped = sum(len(r.get("faults", {})) for r in rounds)
-    if not dropped:
+    """Return a line about replies that were dropped, those left aside that the scenario's devices simulate."""
+    faults = []
+    for r in rounds:
+        simulated = {str(c) for fate, ids in r.get("fates", {}).items() if fate != "partial" for c in ids}
+        faults += [(c, why) for c, why in r.get("faults", {}).items() if c not in simulated]
+    if not faults:
         return []
-    first = next((c, why) for r in rounds for c, why in r.get("faults", {}).items())
+    first, dropped = faults[0], len(faults)
     return [f"{dropped} replies were dropped; the first was client {first[0]}'s: {first[1]}"]
 
 
-def matrix_summary(scenario: Scenario, results: Sequence[tuple[Cell, Mapping[str, Any]]], wanted: int) -> dict[str, Any]:
-    """Return what `summary.json` says about a matrix, of which the given cells have been played."""
-    axes = scenario.axes()
-    cells, threats = [], {}
-    for cell, summary in results:
-        cells.append(
-            {
-                "cell": cell.name,
-                **cell.labels,
-                "status": summary["status"],
-                "why": summary.get("why", ""),
-                "metrics": summary["metrics"],
-                "model_sha256": summary.get("model_sha256", ""),
-                "seconds": summary["seconds"],
-            }
-        )
-        if summary.get("threats") is not None:
-            threats[cell.labels["attackers"]] = summary["threats"]
-    failed = [c["cell"] for c in cells if c["status"] != "finished"]
-    status = "failed" if failed else ("finished" if len(cells) == wanted else "running")
-    why = f"{len(failed)} of {wanted} cells failed (first: {failed[0]})" if failed else ""
+class CellResult(NamedTuple):
+    """What the matrix keeps of a cell's summary: its line, and the threat cards of its attack."""
+
+    row: dict[str, Any]
+    threats: list[dict[str, Any]] | None
+
+
+def cell_result(cell: Cell, summary: Mapping[str, Any]) -> CellResult:
+    """Return what the matrix says about a cell that was played."""
+    row = {
+        "cell": cell.name,
+        **cell.labels,
+        "status": summary["status"],
+        "why": summary.get("why", ""),
+        "metrics": summary["metrics"],
+        "model_sha256": summary.get("model_sha256", ""),
+        "seconds": summary["seconds"],
+    }
+    return CellResult(row, summary.get("threats"))
+
+
+def matrix_summary(scenario: Scenario, results: Sequence[CellResult | None]) -> dict[str, Any]:
+    """Return what `summary.json` says about a matrix.
+
+    Args:
+        scenario: with its sweep.
+        results: one a cell, in the order of the file; `None` for those that have not been played to their end.
+    """
+    played = [r for r in results if r is not None]
+    failed = [r.row["cell"] for r in played if r.row["status"] != "finished"]
+    status = "failed" if failed else ("finished" if len(played) == len(results) else "running")
+    why = f"{len(failed)} of {len(results)} cells failed (first: {failed[0]})" if failed else ""
     return {
         "kind": "matrix",
         "title": scenario.title,
         "status": status,
         "why": why,
-        "seconds": round(sum(c["seconds"] for c in cells), 2),
-        "axes": {name: list(values) for name, values in axes.items()},
-        "cells": cells,
-        "threats": threats,
+        "seconds": round(sum(r.row["seconds"] for r in played), 2),
+        "axes": {name: list(values) for name, values in scenario.axes().items()},
+        "cells": [r.row for r in played],
+        "threats": {r.row["attackers"]: r.threats for r in played if r.threats is not None},
     }
 
 

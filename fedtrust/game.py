@@ -1,0 +1,227 @@
+"""One run being played, round by round: configure → send → validate → aggregate → probe → record → checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from flwr.app import ConfigRecord
+from torch import Tensor
+
+from fedtrust import records, views
+from fedtrust.engine import flower, seeds, threads, workers
+from fedtrust.engine.devices import Devices, Plan
+from fedtrust.engine.grid import CohortGrid
+from fedtrust.engine.roster import cohort
+from fedtrust.engine.validate import Valid, validate
+from fedtrust.errors import FedTrustError, InputError, RunError, TooFewError, said
+from fedtrust.probes.base import Artefact, ProbeContext, Truth
+from fedtrust.runs import CLIENTS, ROUNDS, Checkpoint, RunDirectory
+from fedtrust.setup import Setup
+from fedtrust.strategy import FedTrustStrategy
+
+
+class Game:
+    """One run being played."""
+
+    def __init__(self, setup: Setup, directory: RunDirectory, executor: workers.Executor) -> None:
+        self.setup, self._directory = setup, directory
+        saved = directory.restore()
+        self._measuring = setup.world.for_measuring("cuda" if torch.cuda.is_available() else "cpu")
+        self.job = executor.open(setup.world)
+        self._deadline = setup.scenario.engine.deadline
+        self._grid = CohortGrid(setup.world, setup.roster, self.job, stock=setup.stock, deadline=self._deadline)
+        self.round, self._params = 0, setup.params
+        system = setup.scenario.clients.system
+        self._devices = None if system is None else Devices.of(system, setup.world)
+        self._clock = 0.0  # virtual seconds since the start
+        self._fresh = True
+        if saved is not None:
+            try:
+                self._take(saved)
+            except BaseException:
+                self.job.close()
+                raise
+
+    def _take(self, saved: Checkpoint) -> None:
+        name = self.setup.scenario.strategy.aggregator.name
+        if self.setup.stock and saved.round > 0 and not flower.resumable(name.removeprefix("flwr:")):
+            raise InputError(f"cannot be resumed: {name} keeps state between rounds that is not ours to save", str(self._directory.path))
+        if saved.params.shape != self._params.shape:
+            raise InputError("the checkpoint belongs to another model", str(self._directory.path))
+        self.round, self._params, self._fresh = saved.round, saved.params, False
+        self._grid.memories = saved.memories
+        if self._devices is not None:  # the records were cut back to the checkpoint
+            self._clock = float(self._directory.records(ROUNDS)[-1].get("clock", 0.0))
+        if isinstance(self.setup.strategy, FedTrustStrategy):
+            self.setup.strategy.load(saved.states)
+
+    def rounds(self) -> Any:
+        """Play the rounds that are left and yield each record once it is safe on the disk."""
+        if self._fresh:
+            with threads.using(threads.SERVER):
+                metrics = self._probe(Valid((), [], {}), None, self._params, final=False)
+            clock = {"clock": 0.0} if self._devices is not None and self._devices.timed else {}
+            yield self._commit({"round": 0, "counted": True, "metrics": metrics, **clock}, [])
+        while self.round < self.setup.scenario.rounds:
+            self.round += 1
+            yield self._commit(*self._play_round())
+
+    def _commit(self, record: dict[str, Any], clients: list[dict[str, Any]]) -> dict[str, Any]:
+        self._directory.append(ROUNDS, [record])
+        self._directory.append(CLIENTS, clients)
+        strategy = self.setup.strategy
+        states = {p: dict(s) for p, s in strategy.states.items()} if isinstance(strategy, FedTrustStrategy) else {}
+        self._directory.save(Checkpoint(self.round, self._params, states, self._grid.memories))
+        return record
+
+    def _play_round(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        setup, number = self.setup, self.round
+        plan = self._plan()
+        asked = plan.asked
+        strategy = setup.strategy
+        defence = strategy.preview(number, self._params) if isinstance(strategy, FedTrustStrategy) else None
+        sums = strategy.sums if isinstance(strategy, FedTrustStrategy) else None
+        self._grid.begin(number, asked, defence, plan, sums, watched=bool(self._observers()))
+        times = [time.perf_counter()]
+        arrays = flower.FlatRecord(self._params, setup.world.layout)
+        try:
+            first = arrays.fill() if setup.stock else arrays
+            messages = list(strategy.configure_train(number, first, ConfigRecord(), self._grid)) if asked else []
+        except Exception as error:  # a stock strategy may raise anything
+            raise RunError(f"the strategy failed in round {number}: {said(error)}") from error
+        with threads.using(threads.SERVER):  # coalitions compute here; training sets its own number of threads
+            replies = self._grid.send_and_receive(messages)
+        valid = validate(replies, {c: setup.world.examples(c) for c in asked}, setup.world.layout)
+        times.append(time.perf_counter())
+        quorum = max(1, math.ceil(setup.scenario.clients.quorum * plan.wanted - 1e-9))
+        with threads.using(threads.SERVER):
+            before = self._params
+            why = self._aggregate(valid, quorum, plan)
+            times.append(time.perf_counter())
+            trust = strategy.outcome.trust if isinstance(strategy, FedTrustStrategy) and strategy.outcome and not why else None
+            metrics = self._probe(valid, trust, before, final=number == setup.scenario.rounds)
+        times.append(time.perf_counter())
+        rows = records.client_rows(setup, number, asked, valid, self._grid.losses, trust)
+        record = records.round_record(
+            number, asked, valid, quorum, why, metrics, rows, float((self._params - before).double().norm()), times
+        )
+        if isinstance(strategy, FedTrustStrategy) and strategy.outcome and not why:
+            record["seconds"] |= {place: round(cost, 4) for place, cost in strategy.outcome.seconds.items()}
+        self._clock = plan.after(self._clock)
+        return record | plan.round_fields(self._clock), [row | plan.client_fields(row["client"]) for row in rows]
+
+    def _plan(self) -> Plan:
+        """Return who is asked this round, and what becomes of them."""
+        setup, wanted = self.setup, self.setup.scenario.clients.cohort
+        if self._devices is not None:
+            return self._devices.plan(self.round, wanted, self._clock, setup.roster.malicious(self.round))
+        return Plan(cohort(setup.roster.count, wanted, setup.world.seed, self.round), wanted=wanted)
+
+    def _aggregate(self, valid: Valid, quorum: int, plan: Plan) -> str:
+        """Apply the strategy; return why the round does not count, or nothing."""
+        asked = len(plan.asked)
+        if not asked:
+            return "nobody could be reached"
+        if len(valid.clients) < quorum:
+            return f"{len(valid.clients)} valid replies of {asked}, quorum {quorum}"
+        strategy, layout = self.setup.strategy, self.setup.world.layout
+        try:
+            with flower.cheap_collection():
+                arrays, _ = threads.within(self._deadline, lambda: strategy.aggregate_train(self.round, valid.messages))
+        except Exception as error:  # a stock strategy may raise anything
+            reason = str(error) if isinstance(error, FedTrustError) else f"the strategy failed: {said(error)}"
+            if isinstance(error.__cause__, TooFewError) and len(valid.clients) < self.setup.scenario.clients.cohort:
+                return f"{len(valid.clients)} valid replies of {asked} are too few: {reason}"
+            raise RunError(reason) from error
+        if arrays is None:
+            return "the strategy made no new model of the replies"
+        params = flower.to_flat(arrays, layout)
+        if not bool(torch.isfinite(params).all()):
+            raise RunError(f"the strategy made a model that is not finite in round {self.round}")
+        self._params = params.detach().clone()
+        return ""
+
+    def _probe(self, valid: Valid, trust: Tensor | None, before: Tensor, *, final: bool) -> dict[str, float]:
+        """Measure the model; `before` is the one that the clients were sent."""
+        metrics: dict[str, float] = {}
+        context = self._probe_context(valid, trust, before, final=final)
+        stamps = self._stamps()
+        for bound in self.setup.probes:
+            rng = seeds.torch_stream(self.setup.world.seed, f"probe/{bound.entry.name}", self.round)
+            full = dataclasses.replace(context, rng=rng, params=self._params.clone())  # a probe that writes on it harms nobody
+            if bound.entry.meta.get("when") == "end" and not final:
+                continue
+            try:
+                seen = views.probe_view(str(bound.entry.meta["role"]), full)
+                found = self._keep(bound.entry.name, threads.within(self._deadline, functools.partial(bound.call, seen)))
+                twice = sorted(metrics.keys() & found.keys())
+                if twice:
+                    raise ValueError(f"metric '{twice[0]}' is measured by another probe already")
+                if stamps != self._stamps():
+                    raise ValueError("it changed the test samples or the clients' data in place")
+                metrics |= found
+            except (Exception, SystemExit) as error:  # a student's probe may raise anything
+                raise RunError(f"probe '{bound.entry.name}' failed in round {self.round}: {type(error).__name__}: {error}") from error
+        return metrics
+
+    def _stamps(self) -> tuple[int, ...]:
+        """Return the version counters of what probes are shown and must not write on."""
+        data = self.setup.world.data
+        return tuple(t._version for t in (data.x_test, data.y_test, data.x, data.y))
+
+    def _keep(self, name: str, found: Mapping[str, float | Artefact]) -> dict[str, float]:
+        for key, value in found.items():
+            if isinstance(value, Artefact):
+                self._directory.save_artefact(f"{name}.{key}", value)
+        numbers = {k: float(v) for k, v in found.items() if not isinstance(v, Artefact)}
+        # A model that has diverged may have no finite loss, and JSON no other number: such a metric is absent from its round.
+        return {k: v for k, v in numbers.items() if math.isfinite(v)}
+
+    def _probe_context(self, valid: Valid, trust: Tensor | None, before: Tensor, *, final: bool) -> ProbeContext:
+        world, params = self.setup.world, self._params
+        on_test: list[Tensor] = []  # what the model says to the test samples, asked for by most probes
+
+        def query(x: Tensor) -> Tensor:
+            if x is not world.data.x_test:
+                return self._measuring.predict(params, x)
+            if not on_test:
+                on_test.append(self._measuring.predict(params, x))
+            return on_test[0].clone()
+
+        return ProbeContext(
+            round=self.round,
+            final=final,
+            task=world.data.task,
+            query=query,
+            rng=seeds.torch_stream(world.seed, "probe", self.round),
+            criterion=world.criterion,
+            params=params,
+            model=world.model,
+            clients=valid.clients,
+            updates=self._updates(valid, before),
+            trust=trust,
+            test=(world.data.x_test, world.data.y_test),
+            data=world.data,
+            truth=Truth(frozenset(self.setup.roster.malicious(self.round)), self.setup.goals),
+        )
+
+    def _updates(self, valid: Valid, before: Tensor) -> Tensor | None:
+        """Return what the protocol showed the server; only gathered when a probe looks at it."""
+        if not self._observers() or not valid.messages:
+            return None
+        return torch.stack([flower.update(m, before, self.setup.world.layout) for m in valid.messages])
+
+    def _observers(self) -> list[str]:
+        """Return the probes that look at each update."""
+        metas = {p.entry.name: p.entry.meta for p in self.setup.probes}
+        return [name for name, meta in metas.items() if meta.get("role") == "curious-server" or meta.get("updates")]
+
+    def finish(self) -> tuple[str, Tensor]:
+        """Write the final model and return its SHA-256, and the model."""
+        return self._directory.save_model(self._params, self.setup.world.layout), self._params

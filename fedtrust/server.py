@@ -105,7 +105,9 @@ def server_filter(name: str, *, needs: Needs | None = None, paper: str = "", **m
     """Register a filter `(updates [n, d], ctx, *, parameters) -> [m, d]`; see `aggregator`.
 
     `bounds` is a function that says of the filter's parameters whether it will give a `Verdict.bound`; a filter without it takes away the
-    bound that one before it gave.
+    bound that one before it gave. `rowwise` is a function that says of the parameters whether every row is treated by itself: from the row
+    and the parameters alone, without state, randomness, or what the context says about the other rows. Such a filter runs where the
+    updates are made, and before a `linear` aggregator the server then never holds the rows.
     """
     return register("filter", name, needs=needs, paper=paper, **meta)
 
@@ -117,7 +119,9 @@ def aggregator(name: str, *, needs: Needs | None = None, paper: str = "", **meta
         name: its name in a scenario.
         needs: a function that says why the rule cannot work in a pipeline (n too small for f, rows hidden, …), or returns `None`.
         paper: authors, venue, section or algorithm.
-        meta: further declarations: `exempt` names the invariances (`translation`, `scale`, `permutation`, …) that do not hold.
+        meta: further declarations: `exempt` names the invariances (`translation`, `scale`, `permutation`, …) that do not hold; `linear`
+            says that the rule is a weighted mean and nothing else, with every row counting the same ("equal") or as many times as its
+            client has samples ("examples"): such a rule is added up where the updates are made.
     """
     return register("aggregator", name, needs=needs, paper=paper, **meta)
 
@@ -128,11 +132,16 @@ def step(name: str, *, needs: Needs | None = None, paper: str = "", **meta: Any)
 
 
 class Stage(NamedTuple):
-    """One component of a pipeline: its place (`filters[0]`, `aggregator`, `steps[1]`), name and bound function."""
+    """One component of a pipeline: its place (`filters[0]`, `aggregator`, `steps[1]`), name and bound function.
+
+    `linear` and `rowwise` are what its author declared (see `aggregator` and `server_filter`).
+    """
 
     place: str
     name: str
     rule: Rule
+    linear: str | None = None
+    rowwise: bool = False
 
 
 class Outcome(NamedTuple):
@@ -171,13 +180,40 @@ class Pipeline:
         Raises:
             RunError: a component raised, or returned something of the wrong shape or not finite; it is named.
         """
+        return self._through((*self.filters, self.aggregator, *self.steps), updates, None, ctx, states, rng)
+
+    @property
+    def linear(self) -> str | None:
+        """How rows count ("equal" or "examples") if all that is needed of them is a weighted sum of the filtered rows; else `None`."""
+        return self.aggregator.linear if all(stage.rowwise for stage in self.filters) else None
+
+    def finish(
+        self, mean: Tensor, trust: Tensor | None, ctx: AggContext, states: Mapping[str, State], rng: Callable[[str], Generator]
+    ) -> Outcome:
+        """Turn what a `linear` pipeline's filters and aggregator gave into the change of the model: the steps are left to do.
+
+        Args:
+            mean: the weighted mean of the filtered rows [d].
+            trust: per client, what the filters made of it [n], or `None`.
+            ctx: the context of the round, with the bound that the last filter gave.
+            states: the components' states by place.
+            rng: gives a component's generator by its place.
+        """
+        return self._through(self.steps, mean, None if trust is None else trust.detach().float().clamp(max=1.0), ctx, states, rng)
+
+    def _through(
+        self,
+        stages: Sequence[Stage],
+        value: Tensor,
+        trust: Tensor | None,
+        ctx: AggContext,
+        states: Mapping[str, State],
+        rng: Callable[[str], Generator],
+    ) -> Outcome:
         new: dict[str, State] = dict(states)
         seconds: dict[str, float] = {}
-        n = len(updates)
-        trust: Tensor | None = None
-        row_of = torch.arange(n)  # which current row each client's update went into
-        value = updates
-        for stage in (*self.filters, self.aggregator, *self.steps):
+        row_of = torch.arange(len(ctx.weights))  # which current row each client's update went into
+        for stage in stages:
             began = time.perf_counter()
             # Copies: a component that computes in place must not reach the model or its own past.
             here = replace(ctx, params=ctx.params.clone(), state=_copy(states.get(stage.place, {})), rng=rng(stage.place))
@@ -195,6 +231,19 @@ class Pipeline:
                 row_of, ctx = verdict.members[row_of], _merged(ctx, verdict.members, len(verdict.value))
             value = verdict.value
         return Outcome(value, trust, new, seconds)
+
+
+def run_filter(stage: Stage, rows: Tensor, ctx: AggContext) -> Verdict:
+    """Return what a filter that treats every row by itself makes of rows [k, d], checked.
+
+    Raises:
+        RunError: it failed, or returned what it must not; it is named.
+    """
+    verdict = _run(stage, rows, ctx)
+    _check(stage, verdict, rows, ctx.layout.size, rows=True)
+    if verdict.members is not None or verdict.state is not None:
+        raise RunError(f"{stage.place} '{stage.name}' is declared rowwise, but merged rows or kept state")
+    return verdict
 
 
 def _copy(state: State) -> dict[str, Tensor]:

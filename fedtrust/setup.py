@@ -120,6 +120,7 @@ def _world(scenario: Scenario, data: FederatedData) -> tuple[World, torch.Tensor
         epochs=recipe.epochs,
         seed=scenario.seed,
         path=scenario.engine.path,
+        precision=scenario.engine.precision,
     )
     return world, world.layout.vector(module)
 
@@ -138,10 +139,16 @@ def _roster(scenario: Scenario) -> Roster:
 def _pipeline(scenario: Scenario) -> Pipeline:
     spec = scenario.strategy
     return Pipeline(
-        [Stage(f"filters[{i}]", ref.name, make("filter", ref, scenario)) for i, ref in enumerate(spec.filters)],
-        Stage("aggregator", spec.aggregator.name, make("aggregator", spec.aggregator, scenario)),
-        [Stage(f"steps[{i}]", ref.name, make("step", ref, scenario)) for i, ref in enumerate(spec.steps)],
+        [_stage("filter", f"filters[{i}]", ref, scenario) for i, ref in enumerate(spec.filters)],
+        _stage("aggregator", "aggregator", spec.aggregator, scenario),
+        [_stage("step", f"steps[{i}]", ref, scenario) for i, ref in enumerate(spec.steps)],
     )
+
+
+def _stage(kind: Kind, place: str, ref: Ref, scenario: Scenario) -> Stage:
+    meta = entry_of(kind, ref.name, scenario).meta
+    rowwise = meta.get("rowwise")
+    return Stage(place, ref.name, make(kind, ref, scenario), meta.get("linear"), rowwise is not None and bool(rowwise(ref.params)))
 
 
 def _stock(scenario: Scenario) -> Strategy:
@@ -174,6 +181,8 @@ def _goals(roster: Roster, data: FederatedData) -> tuple[Goal, ...]:
 def threat_cards(setup: Setup) -> list[dict[str, Any]]:
     """Return role, knowledge, capability and budget of every adversary, derived from the components."""
     cards: list[dict[str, Any]] = []
+    system = setup.scenario.clients.system
+    always = system is not None and system.attackers_always_available
     for spec, group in zip(setup.scenario.attackers, setup.roster.groups, strict=True):
         entry = entry_of("behaviour", spec.behaviour, setup.scenario)
         cards.append(
@@ -183,7 +192,7 @@ def threat_cards(setup: Setup) -> list[dict[str, Any]]:
                 "summary": entry.summary,
                 "role": "malicious client" if group.knowledge == "own" else "colluding malicious clients",
                 "knowledge": group.knowledge,
-                "capability": list(capabilities(type(group.behaviour))),
+                "capability": [*capabilities(type(group.behaviour)), *(["availability"] if always else [])],
                 "clients": list(group.members),
                 "share": len(group.members) / setup.roster.count,
                 "rounds": list(group.rounds),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
 from fedtrust.engine import flower, seeds
+from fedtrust.engine.partial import Sums, through
 from fedtrust.engine.world import World
 from fedtrust.errors import RunError
 from fedtrust.server import AggContext, Outcome, Pipeline, State, assumed_count
@@ -56,16 +59,48 @@ class FedTrustStrategy(Strategy):
         Raises:
             RunError: a component failed or returned what it must not.
         """
-        messages = sorted(replies, key=lambda m: int(m.metadata.src_node_id))
+        messages = sorted(replies, key=flower.sender)
         if self._params is None or not messages:
             return None, None
-        updates = torch.stack([self._update(m) for m in messages])
-        clients = tuple(int(m.metadata.src_node_id) for m in messages)
+        clients = tuple(flower.sender(m) for m in messages)
         weights = torch.tensor([float(self._registered[c]) for c in clients])
         ctx = self._context(server_round, self._params, weights, clients)
-        self.outcome = self._pipeline(updates, ctx, self.states, lambda place: self._rng(place, server_round))
+        added = next((m.added for m in messages if isinstance(m, flower.CohortReply) and m.added is not None), None)
+        if added is None:
+            updates = torch.stack([flower.update(m, self._params, self._layout) for m in messages])
+            self.outcome = self._pipeline(updates, ctx, self.states, self._rngs(server_round))
+        else:
+            self.outcome = self._add_up(messages, added, ctx)
         self.states = self.outcome.states
         return flower.FlatRecord(self._params + self.outcome.delta, self._layout), MetricRecord()
+
+    @property
+    def sums(self) -> Sums | None:
+        """How clients' updates can be added up where they are made; `None` if the rule needs to see each."""
+        linear = self._pipeline.linear
+        return None if linear is None else Sums(tuple(self._pipeline.filters), linear == "examples")
+
+    def _add_up(self, messages: Sequence[Message], added: flower.Added, ctx: AggContext) -> Outcome:
+        """Finish a round most of which was added up where it was made; the others' updates join in here, in the order of the clients."""
+        sums, began = self.sums, time.perf_counter()
+        single = [m for m in messages if not isinstance(m, flower.CohortReply) or m.added is None]
+        if sums is None or {flower.sender(m) for m in messages} - {flower.sender(m) for m in single} != added.clients:
+            raise RunError("updates were added up that did not become valid replies")
+        share = sums.weights([self._registered[c] for c in ctx.clients])
+        total, trust, bound = added.total, dict(added.trust or {}), added.bound
+        if single:
+            own = tuple(flower.sender(m) for m in single)
+            rows = torch.stack([flower.update(m, ctx.params, self._layout) for m in single])
+            here = self._context(ctx.round, ctx.params, sums.weights([self._registered[c] for c in own]), ())
+            rows, found, bound = through(sums.filters, rows, here)
+            total = total + here.weights @ rows
+            trust |= {} if found is None else dict(zip(own, found.tolist(), strict=True))
+        spread = torch.tensor([trust.get(c, 1.0) for c in ctx.clients]) if trust else None
+        outcome = self._pipeline.finish(total / share.sum(), spread, replace(ctx, bound=bound), self.states, self._rngs(ctx.round))
+        return outcome._replace(seconds={"aggregator": time.perf_counter() - began - sum(outcome.seconds.values())} | outcome.seconds)
+
+    def _rngs(self, server_round: int) -> Callable[[str], torch.Generator]:
+        return lambda place: self._rng(place, server_round)
 
     def preview(self, server_round: int, params: Tensor) -> Callable[[Tensor], Tensor]:
         """Return the server's rule of this round as a function `updates [n, d] -> delta [d]`, for an attacker who is granted it.
@@ -75,7 +110,7 @@ class FedTrustStrategy(Strategy):
 
         def defence(updates: Tensor) -> Tensor:
             ctx = self._context(server_round, params, torch.ones(len(updates)), ())
-            return self._pipeline(updates.clone(), ctx, self.states, lambda place: self._rng(place, server_round)).delta
+            return self._pipeline(updates.clone(), ctx, self.states, self._rngs(server_round)).delta
 
         return defence
 
@@ -96,14 +131,6 @@ class FedTrustStrategy(Strategy):
 
     def _rng(self, place: str, server_round: int) -> torch.Generator:
         return seeds.torch_stream(self._seed, f"server/{place}", server_round)
-
-    def _update(self, message: Message) -> Tensor:
-        record = next(iter(message.content.array_records.values()))
-        if isinstance(record, flower.FlatRecord) and record.delta is not None:
-            return record.delta
-        if self._params is None:
-            raise RunError("a reply came before the model was sent")
-        return flower.to_flat(record, self._layout) - self._params
 
     def configure_evaluate(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
         """Ask nobody: measuring is the probes' work."""

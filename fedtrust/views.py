@@ -24,8 +24,11 @@ def at_least(knowledge: Knowledge, needed: Knowledge) -> bool:
 
 
 def local_view(world: World, chunk: Chunk, task: ClientTask, purpose: str) -> View:
-    """Return what a single client knows while it prepares its data and trains; copies, so that writing on them harms nobody else."""
-    params = chunk.params.to(world.device)
+    """Return what a single client knows while it prepares its data and trains; copies, so that writing on them harms nobody else.
+
+    Everything lies on the CPU, wherever clients train: so does its generator, and its code need not know.
+    """
+    params = chunk.params
     if capabilities(type(task.behaviour)):  # its own code runs; without any, copying would only cost time
         params = params.clone()
     return View(
@@ -35,8 +38,8 @@ def local_view(world: World, chunk: Chunk, task: ClientTask, purpose: str) -> Vi
         layout=world.layout,
         model=world.model,
         criterion=world.criterion,
-        memory=_copies(task.memory, world.device),
-        server=_copies(chunk.server, world.device),
+        memory=_copies(task.memory),
+        server=_copies(chunk.server),
         rng=seeds.torch_stream(world.seed, purpose, chunk.round, task.client),
         client=task.client,
         coalition=(task.client,),
@@ -45,8 +48,22 @@ def local_view(world: World, chunk: Chunk, task: ClientTask, purpose: str) -> Vi
     )
 
 
-def _copies(tensors: Mapping[str, Tensor], device: str = "cpu") -> dict[str, Tensor]:
-    return {name: value.clone().to(device) for name, value in tensors.items()}
+def quiet_view(world: World, chunk: Chunk) -> View:
+    """Return what stands for the knowledge of clients without code of their own: nobody reads it, so nothing is copied or drawn."""
+    return View(
+        params=chunk.params,
+        round=chunk.round,
+        task=world.data.task,
+        layout=world.layout,
+        model=world.model,
+        criterion=world.criterion,
+        memory={},
+        server=chunk.server,
+    )
+
+
+def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in tensors.items()}
 
 
 def check_memory(memory: Mapping[str, object], before: Mapping[str, Tensor]) -> None:
@@ -65,9 +82,14 @@ def check_memory(memory: Mapping[str, object], before: Mapping[str, Tensor]) -> 
             raise ValueError(f"memory '{name}' is a tensor {list(value.shape)}, but `remember` declared {list(old.shape)}")
 
 
-def in_loss(view: View, memory: ClientMemory | None = None) -> View:
-    """Return the view inside `loss`: no randomness and nothing that differs between the clients of a chunk but their memory."""
-    return view._replace(rng=None, client=None, coalition=(), rank=0, recruits=1, memory=view.memory if memory is None else memory)
+def in_loss(view: View, device: str = "cpu") -> View:
+    """Return the view inside `loss`: no randomness and nothing that differs between the clients of a chunk but their memory.
+
+    It lies on the device where clients train.
+    """
+    memory, server = ({name: value.to(device) for name, value in part.items()} for part in (view.memory, view.server))
+    params = view.params.to(device)
+    return view._replace(params=params, server=server, memory=memory, rng=None, client=None, coalition=(), rank=0, recruits=1)
 
 
 def crafting_view(

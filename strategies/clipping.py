@@ -15,6 +15,7 @@ from fedtrust.server import AggContext, PipelineFacts, Verdict, server_filter, s
     "norm-clip",
     paper="Sun et al., 2019 (Can You Really Backdoor Federated Learning?), section 4; McMahan et al., ICLR 2018",
     bounds=lambda params: params["max_norm"] is not None,
+    rowwise=lambda params: params["max_norm"] is not None,
 )
 def norm_clip(updates: Tensor, ctx: AggContext, *, max_norm: Annotated[float, Field(gt=0)] | None = None) -> Verdict:
     """Scale down every update whose L2 norm is above `max_norm`; by default above the round's median norm.

@@ -10,14 +10,16 @@ import contextlib
 import gc
 import inspect
 import logging
+import threading
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import flwr.serverapp.strategy as stock
 import numpy as np
 import numpy.typing as npt
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.app.metadata import Metadata
 from flwr.serverapp.strategy import Strategy
 from flwr.supercore.task_identity import TaskIdentity
 from torch import Tensor
@@ -144,6 +146,84 @@ def stamped(message: Message, number: int) -> Message:
     return message
 
 
+class Added(NamedTuple):
+    """What the clients sent whose updates were added up where they were made; see `fedtrust.engine.partial`.
+
+    Attributes:
+        total: the weighted sum of their filtered updates [d].
+        clients: who they are.
+        trust: client → how far the filters trust its row, or `None`.
+        bound: the largest L2 norm a row can have, if the last filter guarantees one.
+    """
+
+    total: Tensor
+    clients: frozenset[int]
+    trust: Mapping[int, float] | None
+    bound: float | None
+
+
+class CohortReply(Message):
+    """A client's reply whose Flower records are made only if somebody reads them: a thousand clients a round cost nothing before that.
+
+    Attributes:
+        client: who replies.
+        delta: its update [d], or `None` where that was only added up.
+        examples: the number of samples it says it trained on.
+        norm: the L2 norm of its update, taken where the update was made and found sound; `None` if it was changed after that.
+        added: the sum that its update is in, or `None`.
+    """
+
+    def __init__(
+        self, order: Message, base: Tensor, layout: Layout, delta: Tensor | None, examples: float, loss: float, norm: float | None,
+        added: Added | None,
+    ) -> None:  # fmt: skip
+        """Reply to `order`, which carried the model `base` [d]."""
+        self.client, self.delta, self.examples, self.norm, self.added = int(order.metadata.dst_node_id), delta, examples, norm, added
+        self.__dict__.update(_order=order, _base=base, _layout=layout, _loss=loss, _full=None)
+
+    def _made(self) -> Message:
+        if self.__dict__["_full"] is None:
+            if self.delta is None:
+                raise RunError(f"client {self.client}'s update was only added up; nobody can read it")
+            record = FlatRecord(self.__dict__["_base"], self.__dict__["_layout"], self.delta)
+            self.__dict__["_full"] = answer(self.__dict__["_order"], record, self.examples, self.__dict__["_loss"])
+        full: Message = self.__dict__["_full"]
+        return full
+
+    def has_error(self) -> bool:
+        """There is none: what fails is answered by `failure`."""
+        return False
+
+    def has_content(self) -> bool:
+        """There is always content."""
+        return True
+
+    @property
+    def metadata(self) -> Metadata:
+        """Flower's metadata of the reply."""
+        return self._made().metadata
+
+    @property  # type: ignore[misc]  # nobody writes into a reply
+    def content(self) -> RecordDict:
+        """Flower's records of the reply."""
+        return self._made().content
+
+
+def sender(message: Message) -> int:
+    """Return the client that sent a reply."""
+    return message.client if isinstance(message, CohortReply) else int(message.metadata.src_node_id)
+
+
+def update(message: Message, params: Tensor, layout: Layout) -> Tensor:
+    """Return the update [d] in a valid reply: the local model minus `params`."""
+    if isinstance(message, CohortReply) and message.delta is not None:
+        return message.delta
+    record = next(iter(message.content.array_records.values()))
+    if isinstance(record, FlatRecord) and record.delta is not None:
+        return record.delta
+    return to_flat(record, layout) - params
+
+
 def answer(message: Message, arrays: ArrayRecord, examples: float, loss: float) -> Message:
     """Return a client's reply."""
     metrics = MetricRecord({EXAMPLES: examples, LOSS: loss})
@@ -207,14 +287,28 @@ def stock_strategy(name: str, params: Mapping[str, Any], assumed_malicious: int)
         raise InputError(f"flwr:{name}: {error}") from None
 
 
+_collecting = threading.Lock()
+_frozen = 0  # how many blocks of `cheap_collection` are open, in all threads
+
+
 @contextlib.contextmanager
 def cheap_collection() -> Iterator[None]:
-    """Keep what is alive now out of garbage collection while the block runs: some stock strategies collect after every client."""
-    gc.freeze()
+    """Keep what is alive now out of garbage collection while the block runs: some stock strategies collect after every client.
+
+    The collector is the process's: of several threads the first freezes, and the last one thaws.
+    """
+    global _frozen
+    with _collecting:
+        _frozen += 1
+        if _frozen == 1:
+            gc.freeze()
     try:
         yield
     finally:
-        gc.unfreeze()
+        with _collecting:
+            _frozen -= 1
+            if not _frozen:
+                gc.unfreeze()
 
 
 def resumable(name: str) -> bool:

@@ -7,7 +7,7 @@ cut into chunks, trained by the executor, crafted by the coalitions and come bac
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,24 +17,19 @@ from torch import Tensor
 
 from fedtrust import views
 from fedtrust.client import Behaviour, ClientMemory, Reply, overrides
-from fedtrust.engine import flower
+from fedtrust.engine import flower, threads
+from fedtrust.engine.chunks import chunks_of
 from fedtrust.engine.cohort import Chunk, ClientTask, Trained
+from fedtrust.engine.devices import Plan
+from fedtrust.engine.orders import Adder, Order, Progress, Sent, alike
+from fedtrust.engine.partial import Sums
 from fedtrust.engine.roster import Group, Roster
-from fedtrust.engine.workers import Executor, chunks_of
+from fedtrust.engine.workers import Job
 from fedtrust.engine.world import World
 from fedtrust.errors import RunError
 from fedtrust.registry import REGISTRY
 
 Defence = Callable[[Tensor], Tensor]
-
-
-class _Order(NamedTuple):
-    """What a client was told: the message, the model and the extras in it."""
-
-    message: Message
-    params: Tensor
-    server: Mapping[str, Tensor]
-    task: ClientTask
 
 
 class CohortGrid(Grid):
@@ -46,28 +41,51 @@ class CohortGrid(Grid):
             it keeps for the first adversary, `0` what that adversary's coalition keeps together.
     """
 
-    def __init__(self, world: World, roster: Roster, executor: Executor, *, stock: bool) -> None:
+    def __init__(self, world: World, roster: Roster, job: Job, *, stock: bool, deadline: float = 600.0) -> None:
         """Bring up the grid.
 
         Args:
             world: the run's data, architecture and recipe.
             roster: who does what.
-            executor: who computes; it must have been opened with this world.
+            job: this world's place on the workers.
             stock: whether a stock Flower strategy reads the replies (it needs named arrays; ours reads the vectors).
+            deadline: seconds that a coalition gets to craft, or a client to put its message together.
         """
         flower.enter()
-        self._world, self._roster, self._executor, self._stock = world, roster, executor, stock
+        self._world, self._roster, self._job, self._stock = world, roster, job, stock
+        self._deadline = deadline
         self._round = 0
         self._cohort: list[int] = []
         self._sent = 0
         self._replies: dict[str, Message] = {}
         self._defence: Defence | None = None
+        self._plan = Plan([])
+        self._sums: Sums | None = None
+        self._watched = False
         self.memories: dict[str, ClientMemory] = {}
         self.losses: dict[int, float] = {}
 
-    def begin(self, round_number: int, cohort: Sequence[int], defence: Defence | None = None) -> None:
-        """Start a round: only `cohort` can be reached; `defence` is the server's rule for those who are granted it."""
-        self._round, self._cohort, self._defence = round_number, list(cohort), defence
+    def begin(
+        self,
+        round_number: int,
+        cohort: Sequence[int],
+        defence: Defence | None = None,
+        plan: Plan | None = None,
+        sums: Sums | None = None,
+        watched: bool = False,
+    ) -> None:
+        """Start a round.
+
+        Args:
+            round_number: the round, from 1.
+            cohort: who can be reached.
+            defence: the server's rule, for those who are granted it.
+            plan: who will not reply in time and is not trained, and who does only part of the work.
+            sums: how updates may be added up where they are made; `None`: the server's rule wants to see each.
+            watched: whether somebody looks at each update even so.
+        """
+        self._round, self._cohort, self._defence, self._sums, self._watched = round_number, list(cohort), defence, sums, watched
+        self._plan = Plan(self._cohort) if plan is None else plan
         self._replies.clear()
         self.losses.clear()
 
@@ -77,31 +95,41 @@ class CohortGrid(Grid):
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         """Train the clients that the messages address and return their replies, sorted by client."""
-        models: dict[int, Tensor] = {}  # all messages of a round usually share one record: read it once
-        orders = sorted((self._order(m, models) for m in messages), key=lambda o: o.task.client)
+        sent: dict[int, Sent] = {}  # all messages of a round usually share one content: read it once
+        reachable = set(self._cohort)
+        orders = sorted((self._order(m, sent, reachable) for m in messages), key=lambda o: o.task.client)
         if not orders:
             return []
-        rows, faults = self._train(orders)
-        self._craft(orders, rows, faults)
-        replies = [self._reply(order, rows, faults) for order in orders]
+        absent = self._plan.absent
+        progress = self._train([o for o in orders if o.task.client not in absent])
+        progress.faults |= absent
+        self._craft(orders, progress.rows, progress.faults, progress.norms)
+        replies = [self._reply(order, progress) for order in orders]
         return [r for r in replies if r is not None]
 
-    def _order(self, message: Message, models: dict[int, Tensor]) -> _Order:
+    def _order(self, message: Message, sent: dict[int, Sent], reachable: set[int]) -> Order:
         self._sent += 1
         client = int(message.metadata.dst_node_id)
-        if client not in self._cohort:
+        if client not in reachable:
             raise RunError(f"the strategy asked client {client}, which cannot be reached in round {self._round}")
         flower.stamped(message, self._sent)
-        records = message.content.array_records
-        record = records[flower.ARRAYS]
-        if id(record) not in models:
-            models[id(record)] = flower.to_flat(record, self._world.layout)
-        params = models[id(record)]
-        server = {k: v for k, v in records.items() if k != flower.ARRAYS}
-        extras = {name: record.flat for name, record in server.items() if isinstance(record, flower.FlatRecord)}
-        behaviour, rank, recruits = self._behaviour(client, flower.config(message.content))
+        said = sent.get(id(message.content))
+        if said is None:
+            said = sent[id(message.content)] = self._read(message.content, sent)
+        behaviour, rank, recruits = self._behaviour(client, said.config)
         memory = self._memory(f"{self._owner(client)}/{client}", behaviour)
-        return _Order(message, params, extras, ClientTask(client, behaviour, memory, rank, recruits))
+        task = ClientTask(client, behaviour, memory, rank, recruits, self._plan.limits.get(client))
+        changes = overrides(behaviour, "craft") or overrides(behaviour, "reply")
+        return Order(message, said.params, said.server, task, changes)
+
+    def _read(self, content: RecordDict, sent: dict[int, Sent]) -> Sent:
+        records = content.array_records
+        record = records[flower.ARRAYS]
+        # Messages with contents of their own may still carry one model: it must stay one tensor, so that it crosses to a worker once.
+        if id(record) not in sent:
+            sent[id(record)] = Sent(flower.to_flat(record, self._world.layout), {}, {})
+        extras = {n: r.flat for n, r in records.items() if n != flower.ARRAYS and isinstance(r, flower.FlatRecord)}
+        return Sent(sent[id(record)].params, extras, flower.config(content))
 
     def _owner(self, client: int) -> str:
         group = self._roster.group(client, self._round)
@@ -111,6 +139,8 @@ class CohortGrid(Grid):
         known = self.memories.get(owner)
         if known is not None:
             return known
+        if not overrides(behaviour, "remember"):
+            return {}
         try:
             first = dict(behaviour.remember(self._world.layout.size))
             views.check_memory(first, first)
@@ -126,38 +156,54 @@ class CohortGrid(Grid):
             return REGISTRY.make("behaviour", "fedprox", {"mu": float(config["proximal-mu"])}), 0, 1
         return self._roster.honest, 0, 1
 
-    def _train(self, orders: Sequence[_Order]) -> tuple[dict[int, Tensor], dict[int, str]]:
-        """Train everybody; return the updates [d] by client, and who could not be trained."""
-        chunks = [chunk for group in _alike(orders) for chunk in self._chunks(group)]
-        rows: dict[int, Tensor] = {}
-        faults: dict[int, str] = {}
-        for result in self._executor.run(chunks):
-            self._take(result, rows)
-            faults.update(result.faults)
-        return rows, faults
+    def _train(self, orders: Sequence[Order]) -> Progress:
+        """Train everybody: first those whose updates are added up where they are made."""
+        adding = alike([o for o in orders if self._sums is not None and not o.changes])
+        # Different models were sent: sums of their updates would be sums of different things.
+        sums = self._sums if len(adding) == 1 else None
+        rows = sums is None or self._watched or any(self._sees_all(o) for o in orders)
+        chunks = [chunk for group in adding for chunk in self._chunks(group, sums, rows)]
+        chunks += [chunk for group in alike([o for o in orders if self._sums is None or o.changes]) for chunk in self._chunks(group)]
+        progress, adder = Progress(), Adder()
+        ran = self._job.run(chunks)
+        for chunk, result in zip(chunks, ran.results, strict=True):
+            self._take(chunk, result, progress)
+            adder.take(result)
+        progress.added = adder.result(ran.total)
+        return progress
 
-    def _chunks(self, group: Sequence[_Order]) -> Iterable[Chunk]:
+    def _sees_all(self, order: Order) -> bool:
+        group = self._roster.group(order.task.client, self._round)
+        return group is not None and overrides(order.task.behaviour, "craft") and views.at_least(group.knowledge, "omniscient")
+
+    def _chunks(self, group: Sequence[Order], sums: Sums | None = None, rows: bool = True) -> Iterable[Chunk]:
         sizes = [self._world.examples(o.task.client) for o in group]
-        for positions in chunks_of(sizes, len(group)):
-            yield Chunk(self._round, group[0].params, group[0].server, tuple(group[i].task for i in positions))
+        for positions in chunks_of(sizes, len(group), self._job.cut()):
+            yield Chunk(self._round, group[0].params, group[0].server, tuple(group[i].task for i in positions), sums, rows)
 
-    def _take(self, result: Trained, rows: dict[int, Tensor]) -> None:
+    def _take(self, chunk: Chunk, result: Trained, progress: Progress) -> None:
+        progress.faults.update(result.faults)
         for i, client in enumerate(result.clients):
-            rows[client] = result.updates[i]
+            if chunk.rows:
+                progress.rows[client] = result.updates[i]
             self.losses[client] = float(result.losses[i])
+            if result.norms is not None:
+                progress.norms[client] = float(result.norms[i])
             if result.memories[i]:
                 self.memories[f"{self._owner(client)}/{client}"] = result.memories[i]
 
-    def _craft(self, orders: Sequence[_Order], rows: dict[int, Tensor], faults: dict[int, str]) -> None:
+    def _craft(self, orders: Sequence[Order], rows: dict[int, Tensor], faults: dict[int, str], norms: dict[int, float]) -> None:
         """Let those whose behaviour changes the update do so: honest clients first and alone, then adversaries with what they may know."""
         trained = [o for o in orders if o.task.client in rows]
         crafting = [o for o in trained if overrides(o.task.behaviour, "craft")]
+        for order in crafting:
+            norms.pop(order.task.client, None)  # what is crafted must be looked at again
         acting = {o.task.client: self._roster.group(o.task.client, self._round) for o in trained}
         nothing = torch.zeros(0, self._world.layout.size)
         for order in crafting:
             if acting[order.task.client] is None:
                 self._craft_party(None, [order], rows, nothing, faults)
-        parties: list[tuple[Group, list[_Order]]] = []
+        parties: list[tuple[Group, list[Order]]] = []
         for order in crafting:
             group = acting[order.task.client]
             if group is None:
@@ -174,7 +220,7 @@ class CohortGrid(Grid):
             self._craft_party(group, party, rows, others, faults)
 
     def _craft_party(
-        self, group: Group | None, party: list[_Order], rows: dict[int, Tensor], others: Tensor, faults: dict[int, str]
+        self, group: Group | None, party: list[Order], rows: dict[int, Tensor], others: Tensor, faults: dict[int, str]
     ) -> None:
         knowledge = "own" if group is None else group.knowledge
         client, behaviour = party[0].task.client, party[0].task.behaviour
@@ -186,7 +232,7 @@ class CohortGrid(Grid):
         )
         given = torch.stack([rows[o.task.client] for o in party])
         try:
-            crafted = behaviour.craft(given.clone(), view)
+            crafted = threads.within(self._deadline, lambda: behaviour.craft(given.clone(), view))
             if crafted.shape != given.shape:
                 raise ValueError(f"returned shape {list(crafted.shape)}, expected {list(given.shape)}")
             views.check_memory(view.memory, known)
@@ -203,19 +249,24 @@ class CohortGrid(Grid):
         for i, order in enumerate(party):
             rows[order.task.client] = crafted[i]
 
-    def _reply(self, order: _Order, rows: Mapping[int, Tensor], faults: dict[int, str]) -> Message | None:
+    def _reply(self, order: Order, progress: Progress) -> Message | None:
         client, behaviour = order.task.client, order.task.behaviour
-        if client not in rows:
-            return flower.failure(order.message, faults.get(client, "not trained"))
-        delta = rows[client]
-        record = flower.FlatRecord(order.params, self._world.layout, delta)
-        examples = self._world.examples(client)
-        loss = self.losses[client]
-        if not overrides(behaviour, "reply"):
-            return flower.answer(order.message, record.fill() if self._stock else record, examples, loss)
+        delta, added = progress.rows.get(client), progress.added
+        if added is not None and client not in added.clients:
+            added = None
+        if delta is None and added is None:
+            return flower.failure(order.message, progress.faults.get(client, "not trained"))
+        layout, examples, loss = self._world.layout, self._world.examples(client), self.losses[client]
+        own = order.changes and overrides(behaviour, "reply")
+        if not own and not self._stock:
+            return flower.CohortReply(order.message, order.params, layout, delta, examples, loss, progress.norms.get(client), added)
+        record = flower.FlatRecord(order.params, layout, delta)
+        if not own:
+            return flower.answer(order.message, record.fill(), examples, loss)
         try:
             view = views.local_view(self._world, Chunk(self._round, order.params, order.server, ()), order.task, "reply")
-            sent = behaviour.reply(Reply(dict(self._world.layout.unflatten(record.flat)), examples), view)
+            plain = Reply(dict(layout.unflatten(record.flat)), examples)
+            sent = threads.within(self._deadline, lambda: behaviour.reply(plain, view))
             if sent is None:
                 return None
             return flower.answer(order.message, _record(sent.arrays), sent.examples, loss)
@@ -246,33 +297,6 @@ class CohortGrid(Grid):
     def run(self) -> Any:
         """There is no Flower run behind this grid."""
         return None
-
-
-def _alike(orders: Sequence[_Order]) -> list[list[_Order]]:
-    """Group orders that can be trained in one block: the same model and extras sent, and the same loss."""
-    groups: list[list[_Order]] = []
-    for order in orders:
-        for group in groups:
-            first = group[0]
-            if _same_model(first, order) and _same_loss(first.task, order.task):
-                group.append(order)
-                break
-        else:
-            groups.append([order])
-    return groups
-
-
-def _same_model(a: _Order, b: _Order) -> bool:
-    if a.message.content is b.message.content:
-        return True
-    one, two = a.message.content.array_records, b.message.content.array_records
-    return one.keys() == two.keys() and all(one[k] is two[k] for k in one)
-
-
-def _same_loss(a: ClientTask, b: ClientTask) -> bool:
-    if not overrides(a.behaviour, "loss") and not overrides(b.behaviour, "loss"):
-        return {k: v.shape for k, v in a.memory.items()} == {k: v.shape for k, v in b.memory.items()}
-    return a.behaviour == b.behaviour
 
 
 def _record(arrays: Mapping[str, Any]) -> ArrayRecord:

@@ -9,9 +9,14 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
+from typing import TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 
 def cores() -> int:
@@ -23,15 +28,48 @@ def cores() -> int:
 SERVER = cores()
 
 
+def fix(count: int) -> None:
+    """Let this thread run tensor operations on `count` threads from now on.
+
+    The number is a thread's own, but a new thread takes over what any thread set last when it first asks or computes, and that would
+    undo the setting: so it asks first.
+    """
+    torch.get_num_threads()
+    torch.set_num_threads(count)
+
+
 @contextlib.contextmanager
 def using(count: int) -> Iterator[None]:
     """Run tensor operations of this thread on `count` threads."""
     before = torch.get_num_threads()
-    torch.set_num_threads(count)
+    fix(count)
     try:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def within(seconds: float, call: Callable[[], T]) -> T:
+    """Return what `call` returns, computed on a thread of its own with as many threads as this one uses.
+
+    Raises:
+        TimeoutError: it gave no answer in so many seconds. Its thread is left to itself; it does not keep the process alive.
+    """
+    answer: Future[T] = Future()
+    count = torch.get_num_threads()
+
+    def work() -> None:
+        fix(count)
+        try:
+            answer.set_result(call())
+        except BaseException as error:  # handed to whoever waits
+            answer.set_exception(error)
+
+    threading.Thread(target=work, name="fedtrust-within", daemon=True).start()
+    done, _ = wait([answer], timeout=seconds)
+    if not done:
+        raise TimeoutError(f"no answer within {seconds:g} s")
+    return answer.result()
 
 
 #: glibc's mallopt options (malloc.h): keep freed memory, take large blocks from the heap too, and use one heap.

@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import torch
 from flwr.app import ArrayRecord, Message
-from torch import Tensor
 
-from fedtrust.engine.flower import EXAMPLES, FlatRecord
+from fedtrust.engine.flower import EXAMPLES, CohortReply, FlatRecord, sender
+from fedtrust.engine.partial import wrong
 from fedtrust.layout import Layout
 
 
@@ -31,10 +31,6 @@ class Valid(NamedTuple):
     faults: dict[int, str]
 
 
-#: A larger number in an update is a fault like NaN: a few of them would make sums and norms overflow float32.
-LARGEST = 1e15
-
-
 def validate(replies: Iterable[Message | None], registered: Mapping[int, int], layout: Layout) -> Valid:
     """Sort the replies of a round into good and bad.
 
@@ -48,7 +44,7 @@ def validate(replies: Iterable[Message | None], registered: Mapping[int, int], l
     for message in replies:
         if message is None:
             continue
-        client = int(message.metadata.src_node_id)
+        client = sender(message)
         if client not in registered:
             faults[client] = "replied without being asked"
         elif client in good:
@@ -68,6 +64,10 @@ def validate(replies: Iterable[Message | None], registered: Mapping[int, int], l
 
 
 def _wrong(message: Message, registered: int, layout: Layout) -> str | None:
+    if isinstance(message, CohortReply):
+        # A norm says that the update was looked at where it was made.
+        unseen = message.delta if message.norm is None else None
+        return _wrong_examples(message.examples, registered) or (None if unseen is None else wrong(unseen))
     if message.has_error():
         return str(message.error.reason)
     if not message.has_content():
@@ -89,8 +89,7 @@ def _wrong_examples(claimed: object, registered: int) -> str | None:
 
 def _wrong_arrays(record: ArrayRecord, layout: Layout) -> str | None:
     if isinstance(record, FlatRecord):
-        values = record.flat if record.delta is None else record.delta
-        return None if _sane(values) else _not_sane(values)
+        return wrong(record.flat if record.delta is None else record.delta)
     names = tuple(record.keys())
     if names != layout.names:
         missing, extra = set(layout.names) - set(names), set(names) - set(layout.names)
@@ -109,16 +108,6 @@ def _wrong_arrays(record: ArrayRecord, layout: Layout) -> str | None:
     for name, shape, array in zip(layout.names, layout.shapes, arrays, strict=True):
         if tuple(array.shape) != shape or array.dtype != torch.float32:
             return f"parameter '{name}' is not the {list(shape)} float32 array that it says it is"
-        if not _sane(array):
-            return _not_sane(array)
+        if (reason := wrong(array)) is not None:
+            return reason
     return None
-
-
-def _sane(values: Tensor) -> bool:
-    return bool((values.abs() <= LARGEST).all())  # false for NaN as well
-
-
-def _not_sane(values: Tensor) -> str:
-    if bool(torch.isnan(values).any()):
-        return "NaN in the update"
-    return "infinite value in the update" if bool(torch.isinf(values).any()) else f"value above {LARGEST:g} in the update"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -11,9 +12,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fedtrust.data.base import FederatedData
+from fedtrust.engine.fused import Fused, fuse
 from fedtrust.layout import Layout
 
 Path = Literal["auto", "loop", "vmap", "fused"]
+Precision = Literal["float32", "bfloat16"]
 Criterion = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -47,6 +50,7 @@ class World:
         seed: the scenario's seed.
         path: how a chunk of clients is trained; see `fedtrust.engine.cohort`.
         device: where: `cpu` or `cuda`.
+        precision: what clients multiply in; their parameters, updates and losses are float32 always.
     """
 
     data: FederatedData
@@ -59,11 +63,19 @@ class World:
     seed: int
     path: Path = "auto"
     device: str = "cpu"
+    precision: Precision = "float32"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layout", Layout.of(self.module))
+        object.__setattr__(self, "fused", fuse(self.module))
 
     layout: Layout = None  # type: ignore[assignment]  # derived from the module
+    fused: Fused | None = None  # its fused form, where it has one
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What clients multiply in."""
+        return torch.bfloat16 if self.precision == "bfloat16" else torch.float32
 
     @property
     def model(self) -> Architecture:
@@ -71,13 +83,19 @@ class World:
         return Architecture(self.module, self.layout)
 
     def predict(self, params: Tensor, x: Tensor, batch: int = 512) -> Tensor:
-        """Return the outputs [n, C] without gradients, a batch of samples at a time."""
+        """Return the outputs [n, C] on the CPU, without gradients, computed where this world lies, a batch of samples at a time."""
+        params = params.to(self.device)
         with torch.no_grad():
-            return torch.cat([self.model(params, part) for part in torch.split(x, batch)]) if len(x) else self.model(params, x)
+            parts = torch.split(x, batch) if len(x) else (x,)
+            return torch.cat([self.model(params, part.to(self.device)).cpu() for part in parts])
 
     def examples(self, client: int) -> int:
         """Return the number of training samples a client has registered with the server."""
         return len(self.data.parts[client])
+
+    def for_measuring(self, device: str) -> World:
+        """Return a world whose `predict` computes on a device; its samples stay where they are."""
+        return self if device == self.device else replace(self, module=copy.deepcopy(self.module).to(device), device=device)
 
     def on(self, device: str) -> World:
         """Return this world with its module and samples on a device."""
@@ -87,4 +105,5 @@ class World:
             torch.backends.cudnn.deterministic = True
             torch.backends.cudnn.allow_tf32 = False
         data = replace(self.data, x=self.data.x.to(device), y=self.data.y.to(device))
-        return replace(self, data=data, module=self.module.to(device), device=device)
+        # A copy: `Module.to` moves the module itself, which this world keeps.
+        return replace(self, data=data, module=copy.deepcopy(self.module).to(device), device=device)

@@ -38,9 +38,25 @@ def build(name: str, params: Mapping[str, Any], task: Task, seed: int) -> nn.Mod
         module: nn.Module = make(task)
     if any(True for _ in module.buffers()):
         raise InputError(f"model '{name}' has buffers, which a federation cannot average: use GroupNorm instead of BatchNorm")
-    module = module.to_empty(device="cpu").to(torch.float32)
+    _materialise(module)
     initialise(module, seeds.torch_stream(seed, "init"))
     return module
+
+
+def _materialise(module: nn.Module) -> None:
+    """Give every parameter storage on the CPU, in float32.
+
+    `Module.to_empty` would do, but it imports torch's symbolic shapes and sympy: more than a second of every start.
+    """
+    if any(isinstance(layer, nn.RNNBase) for layer in module.modules()):  # they keep their weights in a second list, which it minds
+        module.to_empty(device="cpu").to(torch.float32)
+        return
+    made: dict[int, nn.Parameter] = {}  # one that stands in two layers stays one
+    for layer in module.modules():
+        for key, value in layer._parameters.items():
+            if value is not None:
+                new = made.setdefault(id(value), nn.Parameter(torch.empty(value.shape), requires_grad=value.requires_grad))
+                layer._parameters[key] = new
 
 
 def initialise(module: nn.Module, generator: torch.Generator) -> None:

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from fedtrust.client import Behaviour, ClientMemory, Predict, View
-from fedtrust.engine import seeds
-from fedtrust.engine.cohort import Chunk, ClientTask, Trained, choose_path, schedule, train
+from fedtrust.engine import cohort, seeds
+from fedtrust.engine.cohort import Chunk, ClientTask, Trained, choose_path, train
+from fedtrust.engine.prepare import local_steps, schedule
 from fedtrust.engine.world import World
 from fedtrust.registry import REGISTRY
 from fedtrust.scenario import Scenario
@@ -48,6 +49,36 @@ def test_paths_agree_for_every_model(small: Callable[..., Scenario], model: str)
     assert reference.norm(dim=1).min() > 1e-3
     for path in ("vmap", "fused"):
         torch.testing.assert_close(by_client(on_path(world, path, chunk)), reference, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("model", ["mlp", "cnn"])
+def test_paths_agree_in_bfloat16_and_differ_from_float32(small: Callable[..., Scenario], model: str) -> None:
+    world = build(small(model=model, engine={"precision": "bfloat16"})).world
+    assert world.dtype == torch.bfloat16
+    chunk = chunk_of(world, REGISTRY.make("behaviour", "honest"))
+    exact = by_client(on_path(dataclasses.replace(world, precision="float32"), "loop", chunk))
+    size = float(exact.norm(dim=1).mean())
+    for path in ("loop", "vmap", "fused"):
+        coarse = by_client(on_path(world, path, chunk))
+        assert coarse.dtype == torch.float32
+        error = float((coarse - exact).norm(dim=1).max()) / size
+        assert 1e-4 < error < 0.1, path  # bfloat16 keeps 8 binary digits
+
+
+def test_a_chunk_that_is_too_large_for_memory_is_halved(small: Callable[..., Scenario], monkeypatch: pytest.MonkeyPatch) -> None:
+    world = build(small(model="mlp")).world
+    chunk = chunk_of(world, REGISTRY.make("behaviour", "honest"), 7)
+    expected, seen, plain = by_client(train(world, chunk)), [], cohort._train_blocks
+
+    def tight(world: World, chunk: Chunk, ready: list[Any]) -> tuple[Tensor, Tensor]:
+        seen.append(len(ready))
+        if len(ready) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return plain(world, chunk, ready)
+
+    monkeypatch.setattr(cohort, "_train_blocks", tight)
+    torch.testing.assert_close(by_client(train(world, chunk)), expected, atol=1e-6, rtol=1e-5)
+    assert seen == [7, 3, 1, 2, 4, 2, 2]
 
 
 def test_the_loop_is_plain_pytorch(small: Callable[..., Scenario]) -> None:
@@ -96,6 +127,34 @@ def test_schedule(n: int, batch: int, epochs: int) -> None:
         assert n < 5 or epochs < 2 or len({tuple(p) for p in passes}) > 1  # … each in an order of its own
     if n > 3:
         assert not np.array_equal(rows, schedule(n, batch, epochs, seeds.stream(0, "batches", 2, 1)))
+
+
+@pytest.mark.parametrize("behaviour", ["honest", "fedprox"])
+def test_partial_work_is_the_start_of_the_whole(small: Callable[..., Scenario], behaviour: str) -> None:
+    """Stragglers stop after their first steps: the same on every path, and as if the client's schedule were no longer."""
+    world = build(small(model="cnn", clients={"train": {"momentum": 0.9, "epochs": 2}})).world
+    whole = chunk_of(world, REGISTRY.make("behaviour", behaviour), 5)
+    limits = [1, 3, None, 2, 10_000]
+    cut = whole._replace(tasks=tuple(t._replace(steps=n) for t, n in zip(whole.tasks, limits, strict=True)))
+    steps = [local_steps(world.examples(c), world.batch_size, world.epochs) for c in range(5)]
+    assert min(steps) > 3  # or nothing is cut
+    full, reference = on_path(world, "loop", whole), on_path(world, "loop", cut)
+    updates, losses = by_client(reference), reference.losses[np.argsort(reference.clients)]
+    for client in (2, 4):  # who has time for everything does everything, to the bit
+        assert torch.equal(updates[client], by_client(full)[client])
+    assert (updates - by_client(full)).norm(dim=1)[[0, 1, 3]].min() > 1e-3
+    for path in ("vmap", "fused"):
+        other = on_path(world, path, cut)
+        torch.testing.assert_close(by_client(other), updates, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(other.losses[np.argsort(other.clients)], losses, atol=1e-5, rtol=1e-4)
+    # one step: the gradient on the first batch of the whole schedule, and the loss there
+    x, y = world.data.client(0)
+    module = copy.deepcopy(world.module)
+    batch = torch.from_numpy(schedule(len(x), 16, 2, seeds.stream(world.seed, "batches", 1, 0))[0])
+    loss = torch.nn.functional.cross_entropy(module(x[batch]), y[batch])
+    loss.backward()
+    torch.testing.assert_close(updates[0], -0.1 * torch.cat([p.grad.flatten() for p in module.parameters()]), atol=1e-6, rtol=1e-4)
+    assert float(losses[0]) == pytest.approx(loss.item(), rel=1e-5)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

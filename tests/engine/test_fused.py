@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fedtrust.data.base import Task
-from fedtrust.engine.fused import fused_forward
+from fedtrust.engine.fused import Fused, fuse
 from fedtrust.models.build import build, initialise
 
 MNIST = Task("classification", (1, 28, 28), 10)
@@ -27,19 +29,29 @@ def stacked(module: nn.Module, k: int, seed: int = 0) -> dict[str, Tensor]:
     return {n: piece.view(k, *p.shape) for (n, p), piece in zip(module.named_parameters(), pieces, strict=True)}
 
 
+def gradients(fused: Fused, values: dict[str, Tensor], x: Tensor, loss: Callable[[Tensor], Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """The fused form's outputs, and the gradients of a loss of them, written into one block the way the engine wants them."""
+    outputs, tape = fused.forward(values, x)
+    leaf = outputs.detach().requires_grad_()
+    (grad,) = torch.autograd.grad(loss(leaf), leaf)
+    sizes = [v[0].numel() for v in values.values()]
+    block = torch.full((len(x), sum(sizes)), float("nan"))
+    into = {n: p.view(v.shape) for (n, v), p in zip(values.items(), block.split(sizes, dim=1), strict=True)}
+    fused.backward(values, tape, grad, into)
+    return outputs, into
+
+
 def check(module: nn.Module, shape: tuple[int, ...], k: int = 3, b: int = 4) -> None:
     """Outputs and gradients of the fused form against k separate models."""
-    forward = fused_forward(module)
-    assert forward is not None
+    fused = fuse(module)
+    assert fused is not None
     values = stacked(module, k)
     g = torch.Generator().manual_seed(1)
     x = torch.rand(k, b, *shape, generator=g)
-    kept = x.clone()
-    leaves = {n: v.detach().requires_grad_() for n, v in values.items()}
-    outputs = forward(leaves, x)
-    y = torch.randint(0, outputs.shape[-1], (k, b), generator=g)
-    loss = F.cross_entropy(outputs.flatten(0, 1), y.flatten(), reduction="sum") / b
-    grads = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
+    kept, before = x.clone(), {n: v.clone() for n, v in values.items()}
+    classes = fused.forward(values, x)[0].shape[-1]
+    y = torch.randint(0, classes, (k, b), generator=g)
+    outputs, grads = gradients(fused, values, x, lambda out: F.cross_entropy(out.flatten(0, 1), y.flatten(), reduction="sum") / b)
     for i in range(k):
         own = {n: v[i].detach().requires_grad_() for n, v in values.items()}
         alone = functional_call(module, own, (x[i],))
@@ -49,6 +61,7 @@ def check(module: nn.Module, shape: tuple[int, ...], k: int = 3, b: int = 4) -> 
             torch.testing.assert_close(grads[name][i], value, atol=1e-5, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
             assert value.abs().max() > 0  # or the comparison shows nothing
     assert torch.equal(x, kept)
+    assert all(torch.equal(values[n], before[n]) for n in values)
 
 
 @pytest.mark.parametrize(
@@ -115,16 +128,16 @@ def test_a_single_layer_is_a_model() -> None:
 def test_relu_and_pool_change_places_without_changing_ties() -> None:
     """A constant image makes every window a tie; the gradient must take the same place as PyTorch's."""
     module = stack_of(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(64, 3))
-    forward = fused_forward(module)
-    assert forward is not None
-    values = {n: v.detach().requires_grad_() for n, v in stacked(module, 2).items()}
+    fused = fuse(module)
+    assert fused is not None
+    values = stacked(module, 2)
     x = torch.zeros(2, 3, 1, 8, 8)
     x[:, :, :, 2:5, 3:6] = 1.0
-    grads = torch.autograd.grad(forward(values, x).square().sum(), list(values.values()))
+    grads = gradients(fused, values, x, lambda out: out.square().sum())[1]
     for i in range(2):
         own = {n: v[i].detach().requires_grad_() for n, v in values.items()}
         expected = torch.autograd.grad(functional_call(module, own, (x[i],)).square().sum(), list(own.values()))
-        for a, b in zip(grads, expected, strict=True):
+        for a, b in zip(grads.values(), expected, strict=True):
             torch.testing.assert_close(a[i], b, atol=1e-5, rtol=1e-5)
 
 
@@ -175,8 +188,8 @@ def owning() -> nn.Module:
     ids=["dropout", "batchnorm", "inplace", "reflect", "flatten-all", "indices", "subclass", "list", "shared", "tied", "hooked", "owning"],
 )
 def test_what_is_not_understood_has_no_fused_form(module: nn.Module) -> None:
-    assert fused_forward(module) is None
+    assert fuse(module) is None
 
 
 def test_resnet_has_no_fused_form() -> None:
-    assert fused_forward(build("resnet18", {}, CIFAR, 0)) is None
+    assert fuse(build("resnet18", {}, CIFAR, 0)) is None

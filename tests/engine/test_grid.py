@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from fedtrust.client import Behaviour, Knowledge, View
 from fedtrust.engine import flower
 from fedtrust.engine.grid import CohortGrid
 from fedtrust.engine.roster import Group, Roster
-from fedtrust.engine.workers import LocalExecutor, chunks_of
+from fedtrust.engine.workers import LocalExecutor
 from fedtrust.errors import InputError, RunError
 from fedtrust.registry import REGISTRY
 from fedtrust.runner import run
@@ -79,8 +78,7 @@ def test_what_cannot_run_is_refused_with_the_reason(name: str) -> None:
 
 def grid_of(setup: Setup, roster: Roster) -> tuple[CohortGrid, LocalExecutor]:
     executor = LocalExecutor(1)
-    executor.open(setup.world)
-    grid = CohortGrid(setup.world, roster, executor, stock=False)
+    grid = CohortGrid(setup.world, roster, executor.open(setup.world), stock=False)
     return grid, executor
 
 
@@ -247,15 +245,6 @@ def test_a_client_that_cannot_be_reached_is_the_strategys_error(small: Small) ->
     executor.close()
 
 
-def test_chunks_depend_on_the_clients_only() -> None:
-    assert chunks_of([5, 9, 7], 3) == [[1, 2, 0]]
-    hundred = chunks_of([1] * 100, 100)
-    assert sorted(itertools.chain(*hundred)) == list(range(100))
-    assert {len(c) for c in hundred} == {13, 9}
-    assert max(len(c) for c in chunks_of([1] * 1000, 1000)) == 25
-    assert [len(c) for c in chunks_of([1] * 20, 20)] == [4] * 5
-
-
 def test_lazy_arrays_are_what_flower_expects() -> None:
     tensor = torch.arange(6.0).view(2, 3)
     lazy = flower.LazyArray(tensor)
@@ -310,8 +299,7 @@ def test_our_strategy_is_a_flower_strategy(small: Small, tmp_path: Path) -> None
             return super().send_and_receive(sent)
 
     executor = LocalExecutor(1)
-    executor.open(setup.world)
-    grid = EveryRound(setup.world, setup.roster, executor, stock=False)
+    grid = EveryRound(setup.world, setup.roster, executor.open(setup.world), stock=False)
     grid.begin(1, range(8))
     result = setup.strategy.start(grid, flower.FlatRecord(setup.params, setup.world.layout), num_rounds=2)
     executor.close()

@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN    := .venv/bin
 STAMP  := .venv/.installed
 
-.PHONY: help install demo lint test test-all bench clean
+.PHONY: help install demo lint test test-all faults bench clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -30,8 +30,11 @@ test: $(STAMP)  ## the tests (about four minutes on two cores)
 test-all: $(STAMP)  ## the slow tests as well
 	$(BIN)/python -m pytest -m "not gpu"
 
-bench: $(STAMP)  ## seconds a round, side by side with Flower's own engine
-	$(BIN)/python -m bench.rounds
+faults: $(STAMP)  ## provoke every fault of tests/faults, the slow ones too, and write docs/faults.md
+	FEDTRUST_WRITE_FAULTS=1 $(BIN)/python -m pytest -m "not gpu" tests/faults
+
+bench: $(STAMP)  ## seconds a round beside Flower's own engine and a plain loop (options: BENCH="--clients 40 --json FILE")
+	$(BIN)/python -m bench $(BENCH)
 
 clean:  ## remove what was built, not what was run
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

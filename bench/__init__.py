@@ -1,1 +1,1 @@
-"""Measurements, side by side in one run; nothing here is imported by fedtrust or its tests."""
+"""Measurements, side by side in one run; nothing here is imported by fedtrust."""

@@ -42,6 +42,11 @@ class TooFewError(ValueError):
     """A server rule was given fewer updates than it can work with: the clients' fault, not the rule's."""
 
 
+def said(error: BaseException) -> str:
+    """Return an error in one line; one that nobody foresaw with its type."""
+    return str(error) if isinstance(error, FedTrustError) else f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
 def nearest(name: str, allowed: Iterable[str]) -> str:
     """Return `"; did you mean 'x'?"` for the allowed name closest to `name`, or `""`."""
     by_case = {known.lower(): known for known in allowed}

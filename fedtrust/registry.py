@@ -18,11 +18,12 @@ import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Literal
-
-import pydantic
+from typing import TYPE_CHECKING, Any, Literal
 
 from fedtrust.errors import InputError, allowed_list, nearest
+
+if TYPE_CHECKING:  # imported where a component is registered or checked: the training code runs without pydantic
+    import pydantic
 
 Kind = Literal["behaviour", "filter", "aggregator", "step", "probe", "model", "loss", "optimiser", "source", "partition", "feature-skew"]
 KINDS: tuple[Kind, ...] = typing.get_args(Kind)
@@ -31,7 +32,7 @@ KINDS: tuple[Kind, ...] = typing.get_args(Kind)
 BUILTIN_PACKAGES = ("fedtrust.data", "fedtrust.models", "fedtrust.probes", "fedtrust.clients", "fedtrust.strategies")
 
 _NAME = re.compile(r"^[a-z0-9]+(-[a-z0-9]+)*$")
-_STRICT = pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
+_STRICT: pydantic.ConfigDict = {"extra": "forbid", "strict": True, "allow_inf_nan": False, "arbitrary_types_allowed": True}
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,8 @@ class Entry:
         Raises:
             InputError: an unknown parameter (with the nearest match), a wrong type or a value out of bounds.
         """
+        import pydantic
+
         known = self.schema.model_fields
         for given in params:
             if given not in known:
@@ -191,6 +194,8 @@ def _parameters(target: Any) -> Iterable[tuple[str, Any, Any]]:
 
 
 def _schema(kind: Kind, name: str, target: Any) -> type[pydantic.BaseModel]:
+    import pydantic
+
     try:
         fields = {n: (annotation, default) for n, annotation, default in _parameters(target)}
         return pydantic.create_model(f"{kind}:{name}", __config__=_STRICT, **fields)  # type: ignore[call-overload, no-any-return]

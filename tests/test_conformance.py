@@ -67,7 +67,14 @@ ROWS: dict[str, Row] = {
     "aggregator/trimmed-mean": strategy(aggregator="trimmed-mean", assumed_malicious=2),
     "aggregator/krum": strategy(aggregator="krum", assumed_malicious=2),
     "aggregator/multi-krum": strategy(aggregator="multi-krum", assumed_malicious=2),
+    "aggregator/bulyan": strategy(aggregator="bulyan", assumed_malicious=1),
+    "aggregator/geometric-median": strategy(aggregator="geometric-median"),
+    "aggregator/centered-clipping": strategy(aggregator={"name": "centered-clipping", "tau": 0.1}),
     "filter/norm-clip": strategy(filters=[CLIP]),
+    "filter/nnm": strategy(filters=["nnm"], assumed_malicious=2),
+    "filter/bucketing": Row(
+        {"strategy": {"filters": ["bucketing"], "aggregator": "median"}, **NOISY}, {"strategy": {"aggregator": "median"}, **NOISY}
+    ),
     "step/gaussian-noise": Row({"strategy": {"filters": [CLIP], "steps": ["gaussian-noise"]}}, {"strategy": {"filters": [CLIP]}}),
     "step/fedavgm": strategy(steps=["fedavgm"]),
     "step/fedadagrad": strategy(steps=["fedadagrad"]),

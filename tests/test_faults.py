@@ -71,7 +71,7 @@ def test_an_error_that_nobody_foresaw_ends_with_its_reason(small: Small, tmp_pat
         run(small(), tmp_path / "a", engine="local")
     assert json.loads((tmp_path / "a" / "status.json").read_text()) == {"status": "failed", "why": "ZeroDivisionError: surprise"}
     odd.calls = 0  # type: ignore[attr-defined]
-    matrix = run(small(sweep={"seeds": [1, 2]}), tmp_path / "b", engine="local")
+    matrix = run(small(sweep={"seeds": [1, 2]}), tmp_path / "b", engine="local", cells=1)
     assert [c["status"] for c in matrix.summary["cells"]] == ["failed", "finished"]
 
 
@@ -112,12 +112,12 @@ class Sleeps(Behaviour):
 def test_a_local_client_that_hangs_is_given_up(small: Small) -> None:
     setup = build(small())
     executor, other = LocalExecutor(1, deadline=0.5), LocalExecutor(1)
-    executor.open(setup.world)
+    job = executor.open(setup.world)
     chunks = [Chunk(1, setup.params, {}, (ClientTask(c, b, {}),)) for c, b in ((0, Sleeps()), (1, setup.roster.honest))]
-    assert executor.run(chunks[:1])[0].faults == {0: "no answer within 0.5 s"}
+    assert job.run(chunks[:1]).results[0].faults == {0: "no answer within 0.5 s"}
     other.close()  # closing one executor is no other one's affair
     executor._deadline = 60.0
-    assert executor.run(chunks[1:])[0].clients == (1,)
+    assert job.run(chunks[1:]).results[0].clients == (1,)
     executor.close()
 
 

@@ -57,6 +57,9 @@ EDITS: list[tuple[str, str, list[str]]] = [
     ("rounds = 3", "rounds = 3\nround = 4", ["s.toml:3", "round:", "unknown key 'round'", "did you mean 'rounds'"]),
     ("[model]", "[modle]", ["unknown key 'modle'", "did you mean 'model'"]),
     ("count = 10", "cuont = 10", ["s.toml:13", "clients.cuont", "keys: behaviour, count", "did you mean 'count'"]),
+    ("[[attackers]]", "[clients.system]\ndropuot = 0.1\n[[attackers]]", ["s.toml:17", "clients.system.dropuot", "did you mean 'dropout'"]),
+    ("[[attackers]]", "[clients.system]\ndropout = 1.5\n[[attackers]]", ["s.toml:17", "clients.system.dropout", "less than 1 (got 1.5)"]),
+    ("[[attackers]]", "[clients.system]\ndeadline = 9\n[[attackers]]", ["s.toml:16", "clients.system", "deadline needs `speed`"]),
     ("share = 0.2", "share = 0.2\ntarget = 3", ["s.toml:19", "attackers[0].target", "go into `params`"]),
     ('"median"', '"median"\naggregators = "mean"', ["strategy.aggregators", "did you mean 'aggregator'"]),
     ('"a test"', '"a test"\n"odd\\u000akey" = 1', ["unknown key", "keys: "]),
@@ -256,7 +259,8 @@ def test_no_such_file(name: str, wanted: str, folder: Path, capsys: pytest.Captu
 def test_every_line_names_a_place_once(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "s.toml").write_text(GOOD.replace("count = 10", "cuont = 10"), encoding="utf-8")
     assert refused(capsys, folder, "s.toml") == (
-        "error: s.toml:13: clients.cuont: unknown key 'cuont' (keys: behaviour, count, per_round, quorum, train); did you mean 'count'?\n"
+        "error: s.toml:13: clients.cuont: unknown key 'cuont' (keys: behaviour, count, per_round, quorum, system, train); "
+        "did you mean 'count'?\n"
     )
 
 

@@ -204,11 +204,15 @@ def _caller(module: torch.nn.Module, dtype: torch.dtype) -> Callable[[Mapping[st
     return call
 
 
-class Gradient(Protocol):
-    """Writes the gradients of a step and returns the losses [k]."""
+#: From x [k, b, …] and y [k, b] of a step to the losses [k]; writes the gradients.
+Step = Callable[[Tensor, Tensor], Tensor]
 
-    def __call__(self, parameters: dict[str, Tensor], x: Tensor, y: Tensor, memory: ClientMemory, into: Tensor) -> Tensor:
-        """Take parameters [k, …], x [k, b, …], y [k, b] and memory [k, …]; the gradients go into `into` [k, d]."""
+
+class Gradient(Protocol):
+    """Makes the step of some clients."""
+
+    def __call__(self, block: Tensor, memory: ClientMemory, into: Tensor) -> Step:
+        """Take their parameters [k, d], which change between steps, their memory [k, …], and where the gradients go [k, d]."""
 
 
 def _train_blocks(world: World, chunk: Chunk, ready: list[Ready]) -> tuple[Tensor, Tensor]:
@@ -223,13 +227,17 @@ def _train_blocks(world: World, chunk: Chunk, ready: list[Ready]) -> tuple[Tenso
     steps = [len(one.batches) for one in ready]
     memory = {k: torch.stack([one.view.memory[k] for one in ready]).to(world.device) for k in ready[0].view.memory}
     total = torch.zeros(len(ready), device=world.device)
+    active = 0
     for t in range(steps[0]):
         _go_on()
-        active = sum(s > t for s in steps)
+        left = sum(s > t for s in steps)
+        if left != active:
+            active = left
+            params, into, moments = block[:active], grads[:active], {k: v[:active] for k, v in state.items()}
+            step = gradient(params, {k: v[:active] for k, v in memory.items()}, into)
         batch = batches[t, :active]
-        now = {k: v[:active] for k, v in memory.items()}
-        total[:active] += gradient(world.layout.unflatten(block[:active]), x[batch], y[batch], now, grads[:active])
-        world.optimiser.step(block[:active], grads[:active], {k: v[:active] for k, v in state.items()}, t + 1, world.lr)
+        total[:active] += step(x[batch], y[batch])
+        world.optimiser.step(params, into, moments, t + 1, world.lr)
     return block.sub_(start), total / torch.tensor(steps, device=world.device)
 
 
@@ -243,32 +251,43 @@ def _vmap_gradient(world: World, behaviour: Behaviour, view: View) -> Gradient:
 
     mapped = vmap(grad_and_value(client_loss))
 
-    def gradient(parameters: dict[str, Tensor], x: Tensor, y: Tensor, memory: ClientMemory, into: Tensor) -> Tensor:
-        grads: dict[str, Tensor]
-        losses: Tensor
-        grads, losses = mapped(parameters, x, y, memory)
-        torch.cat([grads[n].reshape(len(into), -1) for n in world.layout.names], dim=1, out=into)
-        return losses
+    def gradient(block: Tensor, memory: ClientMemory, into: Tensor) -> Step:
+        parameters = world.layout.unflatten(block)
+
+        def step(x: Tensor, y: Tensor) -> Tensor:
+            grads: dict[str, Tensor]
+            losses: Tensor
+            grads, losses = mapped(parameters, x, y, memory)
+            torch.cat([grads[n].reshape(len(into), -1) for n in world.layout.names], dim=1, out=into)
+            return losses
+
+        return step
 
     return gradient
 
 
 def _fused_gradient(world: World) -> Gradient:
     """Return the gradient of the protocol's own loss, through the fused network."""
-    fused = world.fused
+    fused, criterion, dtype = world.fused, vmap(world.criterion), world.dtype
     if fused is None:
         raise TypeError("this model has no fused form")
-    criterion, dtype = vmap(world.criterion), world.dtype
 
-    def gradient(parameters: dict[str, Tensor], x: Tensor, y: Tensor, memory: ClientMemory, into: Tensor) -> Tensor:
-        if dtype != torch.float32:
-            parameters = {n: p.to(dtype) for n, p in parameters.items()}
-            x = x.to(dtype) if x.is_floating_point() else x
-        outputs, tape = fused.forward(parameters, x)
-        outputs = outputs.float().requires_grad_()
-        losses: Tensor = criterion(outputs, y)
-        (grad,) = torch.autograd.grad(losses.sum(), outputs)
-        fused.backward(parameters, tape, grad.to(dtype), world.layout.unflatten(into))
-        return losses.detach()
+    def gradient(block: Tensor, memory: ClientMemory, into: Tensor) -> Step:
+        # In a coarser type the network works on a copy of the parameters, brought up to date before every step.
+        coarse = block if dtype == block.dtype else block.to(dtype)
+        network = fused.on(world.layout.unflatten(coarse), world.layout.unflatten(into))
+
+        def step(x: Tensor, y: Tensor) -> Tensor:
+            if coarse is not block:
+                coarse.copy_(block)
+                x = x.to(dtype) if x.is_floating_point() else x
+            outputs, tape = network.forward(x)
+            outputs = outputs.float().requires_grad_()
+            losses: Tensor = criterion(outputs, y)
+            (grad,) = torch.autograd.grad(losses.sum(), outputs)
+            network.backward(tape, grad.to(dtype))
+            return losses.detach()
+
+        return step
 
     return gradient

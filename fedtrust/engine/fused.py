@@ -50,36 +50,47 @@ class Fused:
     steps: tuple[_Step, ...]
     first: int
 
-    def forward(self, parameters: Parameters, x: Tensor) -> tuple[Tensor, list[Any]]:
-        """Return the outputs [k, b, C] of each model for its own samples, and what `backward` wants back.
+    def on(self, parameters: Parameters, into: Parameters) -> Bound:
+        """Return the network on k models' parameters; it sees what is written into them afterwards.
 
         Args:
             parameters: the stacked parameters, name → [k, *shape], any strides.
-            x: the samples [k, b, *sample]; left as they are.
+            into: where their gradients go, the same way.
         """
+        models = len(next(iter(parameters.values())))
+        places = []
+        for number, (layer, weight, bias) in enumerate(self.steps):
+            w, c, gw, gc = _of(parameters, weight), _of(parameters, bias), _of(into, weight), _of(into, bias)
+            places.append((layer, At(models, w, c, gw, gc, wanted=number > self.first)))
+        return Bound(tuple(places), self.first)
+
+
+class Bound(NamedTuple):
+    """A fused network on some models' parameters: its layers with where they stand, and the first one with a parameter."""
+
+    places: tuple[tuple[Layer, At], ...]
+    first: int
+
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Any]]:
+        """Return the outputs [k, b, C] of each model for its own samples [k, b, *sample], and what `backward` wants back."""
         tape: list[Any] = []
         hidden = x
         with torch.no_grad():
-            for layer, weight, bias in self.steps:
-                hidden, kept = layer.forward(hidden, At(len(x), _of(parameters, weight), _of(parameters, bias)))
+            for layer, at in self.places:
+                hidden, kept = layer.forward(hidden, at)
                 tape.append(kept)
         return hidden, tape
 
-    def backward(self, parameters: Parameters, tape: list[Any], grad: Tensor, into: Parameters) -> None:
-        """Write the gradients of the parameters; uses up the tape.
+    def backward(self, tape: list[Any], grad: Tensor) -> None:
+        """Write the gradients of the parameters.
 
         Args:
-            parameters: as given to `forward`.
-            tape: what `forward` returned.
+            tape: what `forward` returned; used up.
             grad: the gradient of the outputs [k, b, C]; may be written over.
-            into: where the gradients go, name → [k, *shape], any strides.
         """
-        models = len(grad)
         with torch.no_grad():
-            for number in range(len(self.steps) - 1, self.first - 1, -1):
-                layer, weight, bias = self.steps[number]
-                w, c, gw, gc = _of(parameters, weight), _of(parameters, bias), _of(into, weight), _of(into, bias)
-                grad = layer.backward(grad, tape.pop(), At(models, w, c, gw, gc, wanted=number > self.first))
+            for layer, at in reversed(self.places[self.first :]):
+                grad = layer.backward(grad, tape.pop(), at)
 
 
 def _of(parameters: Parameters, name: str | None) -> Tensor | None:

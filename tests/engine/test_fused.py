@@ -31,13 +31,14 @@ def stacked(module: nn.Module, k: int, seed: int = 0) -> dict[str, Tensor]:
 
 def gradients(fused: Fused, values: dict[str, Tensor], x: Tensor, loss: Callable[[Tensor], Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
     """The fused form's outputs, and the gradients of a loss of them, written into one block the way the engine wants them."""
-    outputs, tape = fused.forward(values, x)
-    leaf = outputs.detach().requires_grad_()
-    (grad,) = torch.autograd.grad(loss(leaf), leaf)
     sizes = [v[0].numel() for v in values.values()]
     block = torch.full((len(x), sum(sizes)), float("nan"))
     into = {n: p.view(v.shape) for (n, v), p in zip(values.items(), block.split(sizes, dim=1), strict=True)}
-    fused.backward(values, tape, grad, into)
+    network = fused.on(values, into)
+    outputs, tape = network.forward(x)
+    leaf = outputs.detach().requires_grad_()
+    (grad,) = torch.autograd.grad(loss(leaf), leaf)
+    network.backward(tape, grad)
     return outputs, into
 
 
@@ -49,7 +50,7 @@ def check(module: nn.Module, shape: tuple[int, ...], k: int = 3, b: int = 4) -> 
     g = torch.Generator().manual_seed(1)
     x = torch.rand(k, b, *shape, generator=g)
     kept, before = x.clone(), {n: v.clone() for n, v in values.items()}
-    classes = fused.forward(values, x)[0].shape[-1]
+    classes = functional_call(module, {n: v[0] for n, v in values.items()}, (x[0],)).shape[-1]
     y = torch.randint(0, classes, (k, b), generator=g)
     outputs, grads = gradients(fused, values, x, lambda out: F.cross_entropy(out.flatten(0, 1), y.flatten(), reduction="sum") / b)
     for i in range(k):

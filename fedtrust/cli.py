@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -227,23 +228,18 @@ def _answer(argv: Sequence[str] | None) -> int:
             raise
         return _complain(str(error), 2 if isinstance(error, InputError) else 1)
     except Exception as error:
-        unwritable = _unwritable()
-        if unwritable:
-            return _complain(f"cannot write to stdout: {unwritable}", 1)
+        if isinstance(error, OSError) and error.filename is None and error.errno in (errno.ENOSPC, errno.EIO, errno.EBADF):
+            _drop_output()
+            return _complain(f"cannot write to stdout: {error.strerror}", 1)
         if debug:
             raise
         return _complain(f"{type(error).__name__}: {error} (a fault in fedtrust; FEDTRUST_DEBUG=1 shows where)", 1)
 
 
-def _unwritable() -> str:
-    """Return why what was printed does not get out, or nothing; what is left of it is dropped, or Python complains once more at its end."""
-    try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    except OSError as error:
+def _drop_output() -> None:
+    """Send what is still to be printed nowhere, or Python complains once more when it ends."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return error.strerror or str(error)
-    return ""
 
 
 if __name__ == "__main__":

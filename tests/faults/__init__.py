@@ -1,0 +1,1 @@
+"""What a run survives: every fault of docs/faults.md, provoked and recorded."""

@@ -51,7 +51,7 @@ class FedTrustStrategy(Strategy):
         self._params = flower.to_flat(arrays, self._layout)
         config["server-round"] = server_round
         content = RecordDict({flower.ARRAYS: arrays, flower.CONFIG: config})
-        return [Message(content=content, message_type="train", dst_node_id=client) for client in grid.get_node_ids()]
+        return [flower.Instruction(content, client) for client in grid.get_node_ids()]
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Run the pipeline over the replies, one row a client, sorted by client.

@@ -142,6 +142,9 @@ def instruction(record: RecordDict, client: int, number: int) -> Message:
 
 def stamped(message: Message, number: int) -> Message:
     """Give a message the id that Flower's own link would."""
+    if isinstance(message, Instruction):
+        message.number = number
+        return message
     message.metadata.__dict__["_message_id"] = str(number)
     return message
 
@@ -162,6 +165,42 @@ class Added(NamedTuple):
     bound: float | None
 
 
+class Instruction(Message):
+    """A server's instruction to train, whose metadata are made only if somebody reads them; see `CohortReply`.
+
+    Attributes:
+        client: whom it addresses.
+        number: its id.
+    """
+
+    def __init__(self, content: RecordDict, client: int) -> None:
+        self.client, self.number = client, 0
+        self.__dict__.update(_said=content, _full=None)
+
+    def has_error(self) -> bool:
+        """There is none."""
+        return False
+
+    def has_content(self) -> bool:
+        """There is always content."""
+        return True
+
+    @property
+    def metadata(self) -> Metadata:
+        """Flower's metadata of the instruction."""
+        if self.__dict__["_full"] is None:
+            full = Message(content=self.__dict__["_said"], message_type="train", dst_node_id=self.client)
+            self.__dict__["_full"] = stamped(full, self.number)
+        made: Metadata = self.__dict__["_full"].metadata
+        return made
+
+    @property  # type: ignore[misc]  # nobody writes into an instruction
+    def content(self) -> RecordDict:
+        """What it says."""
+        said: RecordDict = self.__dict__["_said"]
+        return said
+
+
 class CohortReply(Message):
     """A client's reply whose Flower records are made only if somebody reads them: a thousand clients a round cost nothing before that.
 
@@ -178,7 +217,7 @@ class CohortReply(Message):
         added: Added | None,
     ) -> None:  # fmt: skip
         """Reply to `order`, which carried the model `base` [d]."""
-        self.client, self.delta, self.examples, self.norm, self.added = int(order.metadata.dst_node_id), delta, examples, norm, added
+        self.client, self.delta, self.examples, self.norm, self.added = addressee(order), delta, examples, norm, added
         self.__dict__.update(_order=order, _base=base, _layout=layout, _loss=loss, _full=None)
 
     def _made(self) -> Message:
@@ -207,6 +246,11 @@ class CohortReply(Message):
     def content(self) -> RecordDict:
         """Flower's records of the reply."""
         return self._made().content
+
+
+def addressee(message: Message) -> int:
+    """Return the client that an instruction is for."""
+    return message.client if isinstance(message, Instruction) else int(message.metadata.dst_node_id)
 
 
 def sender(message: Message) -> int:

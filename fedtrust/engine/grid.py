@@ -109,15 +109,16 @@ class CohortGrid(Grid):
 
     def _order(self, message: Message, sent: dict[int, Sent], reachable: set[int]) -> Order:
         self._sent += 1
-        client = int(message.metadata.dst_node_id)
+        client = flower.addressee(message)
         if client not in reachable:
             raise RunError(f"the strategy asked client {client}, which cannot be reached in round {self._round}")
         flower.stamped(message, self._sent)
-        said = sent.get(id(message.content))
+        content = message.content
+        said = sent.get(id(content))
         if said is None:
-            said = sent[id(message.content)] = self._read(message.content, sent)
+            said = sent[id(content)] = self._read(content, sent)
         behaviour, rank, recruits = self._behaviour(client, said.config)
-        memory = self._memory(f"{self._owner(client)}/{client}", behaviour)
+        memory = self._memory(f"{self._owner(client)}/{client}", behaviour) if self.memories or overrides(behaviour, "remember") else {}
         task = ClientTask(client, behaviour, memory, rank, recruits, self._plan.limits.get(client))
         changes = overrides(behaviour, "craft") or overrides(behaviour, "reply")
         return Order(message, said.params, said.server, task, changes)
@@ -183,12 +184,12 @@ class CohortGrid(Grid):
 
     def _take(self, chunk: Chunk, result: Trained, progress: Progress) -> None:
         progress.faults.update(result.faults)
+        self.losses.update(zip(result.clients, result.losses.tolist(), strict=True))
+        if result.norms is not None:
+            progress.norms.update(zip(result.clients, result.norms.tolist(), strict=True))
+        if chunk.rows:
+            progress.rows.update(zip(result.clients, result.updates, strict=True))
         for i, client in enumerate(result.clients):
-            if chunk.rows:
-                progress.rows[client] = result.updates[i]
-            self.losses[client] = float(result.losses[i])
-            if result.norms is not None:
-                progress.norms[client] = float(result.norms[i])
             if result.memories[i]:
                 self.memories[f"{self._owner(client)}/{client}"] = result.memories[i]
 

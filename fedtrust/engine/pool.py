@@ -121,6 +121,10 @@ class Round(Generic[T]):
         self._left, self._redone = len(chunks), 0
         self._tree: Tree[T] = Tree(len(chunks), add)
 
+    def waiting(self) -> int:
+        """Return how many pieces nobody works on."""
+        return len(self._waiting)
+
     def take(self, near: Callable[[int], bool] | None = None) -> Piece | None:
         """Return a piece that nobody works on, if there is one; rather one whose chunk's number is `near`."""
         with self._lock:
@@ -239,6 +243,24 @@ class Pool:
                 if work is not None:
                     return work
                 self._changed.wait()
+            return None
+
+    def more(
+        self, keep: int, fits: Callable[[Round[Any]], bool], near: Callable[[Round[Any], int], bool] | None = None
+    ) -> tuple[Round[Any], Piece] | None:
+        """Return a further piece for a worker that is busy, or `None` if no more than `keep` pieces wait: those are for idle workers.
+
+        Args:
+            keep: how many are left to others.
+            fits: whether the worker can do a round's pieces without further ado.
+            near: see `take`.
+        """
+        with self._changed:
+            if self.closed or sum(turn.waiting() for turn in self._rounds) <= keep:
+                return None
+            for turn in self._rounds:
+                if fits(turn) and (piece := turn.take(None if near is None else functools.partial(near, turn))) is not None:
+                    return turn, piece
             return None
 
     def _next(self, near: Callable[[Round[Any], int], bool] | None) -> tuple[Round[Any], Piece] | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -81,16 +82,40 @@ class Seat:
         self.hello: Hello | None = None
         self.down, self.why, self.failures, self.mismatch = time.monotonic(), "no room for it", 0, ""
         self.opened: set[int] = set()
+        self._handed: deque[tuple[RayRound, Piece, list[Any] | Failed]] = deque()
         self.thread = threading.Thread(target=self._live, name=f"fedtrust-ray-{number}", daemon=True)
         self.thread.start()
 
     def _live(self) -> None:
         with contextlib.suppress(Stopped):
-            while self._up() and (work := self._pool.take(self._near)) is not None:
-                turn, piece = work
-                outcome = self._outcome(cast("RayRound", turn), piece)
-                turn.done.put((piece, outcome))
-                del turn, piece, work, outcome  # what a round holds is not kept alive by an idle thread
+            while self._up() and (self._handed or self._fetch()):
+                self._ahead()
+                turn, piece, call = self._handed.popleft()
+                turn.done.put((piece, self._outcome(turn, piece, call)))
+                del turn, piece, call  # what a round holds is not kept alive by an idle thread
+                if self.hello is None:  # nobody was there any more to begin with what came next: it is put back as it was
+                    while self._handed:
+                        turn, piece, _ = self._handed.popleft()
+                        turn.done.put((piece, Failed("its worker was gone before it began", again=True, counts=False)))
+
+    def _fetch(self) -> bool:
+        """Wait for a piece and hand it to the worker; return whether there is one."""
+        work = self._pool.take(self._near)
+        if work is None:
+            return False
+        turn, piece = cast("RayRound", work[0]), work[1]
+        opened = self._open(turn.owner)
+        self._handed.append((turn, piece, self._begin(turn, piece) if opened else Failed("no worker could take over the run", True, False)))
+        return True
+
+    def _ahead(self) -> None:
+        """Hand a busy worker its next piece, so that it need not wait for this process in between; idle workers come first."""
+        if len(self._handed) > 1 or self.hello is None:
+            return
+        work = self._pool.more(self._executor.workers, lambda turn: turn.owner.number in self.opened, self._near)
+        if work is not None:
+            turn, piece = cast("RayRound", work[0]), work[1]
+            self._handed.append((turn, piece, self._begin(turn, piece)))
 
     def _near(self, turn: Round[Any], number: int) -> bool:
         return self.hello is not None and turn.homes[number] in ("", self.hello.node)  # type: ignore[attr-defined]
@@ -125,13 +150,26 @@ class Seat:
     def _get(self, ref: Any, seconds: float | None) -> Any:
         return get(self._ray, self._pool, ref, seconds)
 
-    def _outcome(self, turn: RayRound, piece: Piece) -> Done[Sum] | Failed:
-        """Have a piece trained, and say what became of it and why."""
-        errors = self._ray.exceptions
-        if not self._open(turn.owner):
-            return Failed("no worker could take over the run", again=True, counts=False)
+    def _begin(self, turn: RayRound, piece: Piece) -> list[Any] | Failed:
+        """Hand the worker a piece; return the references to what will come of it."""
         try:
-            return self._train(turn, piece)
+            call = self.actor.train.options(num_returns=3)
+            return list(call.remote(turn.owner.number, turn.models[piece.number], pack_chunk(piece.chunk)))
+        except Stopped:
+            raise
+        except self._ray.exceptions.RayError as error:
+            self.drop(said(error))
+            return Failed(f"the worker failed ({said(error)})", again=True)
+        except BaseException as error:  # for instance a behaviour that cannot be pickled
+            return Failed(f"could not be handed to a worker: {said(error.__cause__ or error)}", again=False)
+
+    def _outcome(self, turn: RayRound, piece: Piece, call: list[Any] | Failed) -> Done[Sum] | Failed:
+        """Wait for what comes of a piece, and say why if nothing does."""
+        if isinstance(call, Failed):
+            return call
+        errors = self._ray.exceptions
+        try:
+            return self._collect(piece, call)
         except LateError:
             self.drop("it was late")
             return Failed(f"no answer within {self._executor.deadline:g} s", again=False)
@@ -159,13 +197,12 @@ class Seat:
         job.refused.clear()
         return True
 
-    def _train(self, turn: RayRound, piece: Piece) -> Done[Sum]:
+    def _collect(self, piece: Piece, call: list[Any]) -> Done[Sum]:
         node = self.hello.node if self.hello else ""
         # A sum that lies elsewhere stays there, but for that of a single client, which is added to its chunk's here.
         stays = piece.chunk.sums is not None and piece.place is None and node != self._executor.node
-        piece.started = time.monotonic()
-        call = self.actor.train.options(num_returns=3)
-        head, updates, total = call.remote(turn.owner.number, turn.models[piece.number], pack_chunk(piece.chunk))
+        piece.started = time.monotonic()  # whatever the worker did before is done
+        head, updates, total = call
         (packed, summed), block, *here = self._get([head, updates] if stays else [head, updates, total], self._executor.deadline)
         trained = unpack(packed)
         if block is not None:

@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
@@ -81,12 +82,12 @@ class Plan:
     unreachable: tuple[int, ...] = ()
     duration: float | None = None
 
-    @property
+    @cached_property
     def absent(self) -> dict[int, str]:
         """Client → why the server gets no reply of it."""
         return {c: p.fault for c, p in self.parts.items() if p.fault is not None}
 
-    @property
+    @cached_property
     def limits(self) -> dict[int, int]:
         """Client → the largest number of local steps, for those who do not do all."""
         return {c: p.steps for c, p in self.parts.items() if p.fate == "partial"}

@@ -66,10 +66,8 @@ class LazyArray(Array):
     """An `Array` over a tensor; the bytes are made only if somebody reads `data`."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self.__dict__["_tensor"] = tensor
-        self.dtype = str(tensor.dtype).removeprefix("torch.")
-        self.shape = tuple(tensor.shape)
-        self.stype = _NPY
+        # Not by assignment: `Array` looks at every one.
+        self.__dict__.update(_tensor=tensor, dtype=str(tensor.dtype).removeprefix("torch."), shape=tuple(tensor.shape), stype=_NPY)
 
     @property
     def data(self) -> bytes:
@@ -112,8 +110,8 @@ class FlatRecord(ArrayRecord):
 
     def fill(self) -> FlatRecord:
         """Add the named arrays, lazily; return self."""
-        for name, tensor in self.layout.unflatten(self.flat).items():
-            self[name] = LazyArray(tensor)
+        # Not by `self[name] = …`: the checks of names and types cost more than the arrays.
+        self.__dict__["_data"].update({name: LazyArray(tensor) for name, tensor in self.layout.unflatten(self.flat).items()})
         return self
 
 
@@ -214,18 +212,19 @@ class CohortReply(Message):
 
     def __init__(
         self, order: Message, base: Tensor, layout: Layout, delta: Tensor | None, examples: float, loss: float, norm: float | None,
-        added: Added | None,
+        added: Added | None, named: bool = False,
     ) -> None:  # fmt: skip
-        """Reply to `order`, which carried the model `base` [d]."""
+        """Reply to `order`, which carried the model `base` [d]; `named`: with an array for each parameter, as stock strategies read it."""
         self.client, self.delta, self.examples, self.norm, self.added = addressee(order), delta, examples, norm, added
-        self.__dict__.update(_order=order, _base=base, _layout=layout, _loss=loss, _full=None)
+        self.__dict__.update(_order=order, _base=base, _layout=layout, _loss=loss, _named=named, _full=None)
 
     def _made(self) -> Message:
         if self.__dict__["_full"] is None:
             if self.delta is None:
                 raise RunError(f"client {self.client}'s update was only added up; nobody can read it")
             record = FlatRecord(self.__dict__["_base"], self.__dict__["_layout"], self.delta)
-            self.__dict__["_full"] = answer(self.__dict__["_order"], record, self.examples, self.__dict__["_loss"])
+            arrays = record.fill() if self.__dict__["_named"] else record
+            self.__dict__["_full"] = answer(self.__dict__["_order"], arrays, self.examples, self.__dict__["_loss"])
         full: Message = self.__dict__["_full"]
         return full
 

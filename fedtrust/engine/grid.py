@@ -258,12 +258,10 @@ class CohortGrid(Grid):
         if delta is None and added is None:
             return flower.failure(order.message, progress.faults.get(client, "not trained"))
         layout, examples, loss = self._world.layout, self._world.examples(client), self.losses[client]
-        own = order.changes and overrides(behaviour, "reply")
-        if not own and not self._stock:
-            return flower.CohortReply(order.message, order.params, layout, delta, examples, loss, progress.norms.get(client), added)
+        if not (order.changes and overrides(behaviour, "reply")):
+            norm = progress.norms.get(client)
+            return flower.CohortReply(order.message, order.params, layout, delta, examples, loss, norm, added, self._stock)
         record = flower.FlatRecord(order.params, layout, delta)
-        if not own:
-            return flower.answer(order.message, record.fill(), examples, loss)
         try:
             view = views.local_view(self._world, Chunk(self._round, order.params, order.server, ()), order.task, "reply")
             plain = Reply(dict(layout.unflatten(record.flat)), examples)

@@ -63,11 +63,11 @@ def enter() -> None:
 
 
 class LazyArray(Array):
-    """An `Array` over a tensor; the bytes are made only if somebody reads `data`."""
+    """An `Array` over a tensor, or over the sum of two; the values, and the bytes, are made only if somebody reads them."""
 
-    def __init__(self, tensor: Tensor) -> None:
+    def __init__(self, tensor: Tensor, plus: Tensor | None = None) -> None:
         # Not by assignment: `Array` looks at every one.
-        self.__dict__.update(_tensor=tensor, dtype=str(tensor.dtype).removeprefix("torch."), shape=tuple(tensor.shape), stype=_NPY)
+        self.__dict__.update(_tensor=tensor, _plus=plus, dtype=str(tensor.dtype).removeprefix("torch."), shape=tuple(tensor.shape), stype=_NPY)
 
     @property
     def data(self) -> bytes:
@@ -83,7 +83,8 @@ class LazyArray(Array):
 
     def numpy(self) -> npt.NDArray[Any]:
         """Return the array as a copy: some stock strategies compute in place."""
-        return np.array(self.__dict__["_tensor"].detach().cpu().numpy())
+        tensor, plus = self.__dict__["_tensor"].detach(), self.__dict__["_plus"]
+        return np.array(tensor.cpu().numpy()) if plus is None else (tensor + plus.detach()).cpu().numpy()
 
 
 class FlatRecord(ArrayRecord):
@@ -111,7 +112,10 @@ class FlatRecord(ArrayRecord):
     def fill(self) -> FlatRecord:
         """Add the named arrays, lazily; return self."""
         # Not by `self[name] = …`: the checks of names and types cost more than the arrays.
-        self.__dict__["_data"].update({name: LazyArray(tensor) for name, tensor in self.layout.unflatten(self.flat).items()})
+        base: Tensor = self.__dict__["_base"]
+        plus = {} if self.delta is None else self.layout.unflatten(self.delta)
+        arrays = {name: LazyArray(tensor, plus.get(name)) for name, tensor in self.layout.unflatten(base).items()}
+        self.__dict__["_data"].update(arrays)
         return self
 
 

@@ -61,8 +61,9 @@ def start(ray: Any, workers: int | None, address: str | None) -> None:
         # As many CPUs as workers: Ray starts an idle process for each of them at once, and these become the workers.
         cpus = workers or torch.cuda.device_count() or threads.cores()
         settings |= {"address": "local", "include_dashboard": False, "num_cpus": cpus, "object_store_memory": store_size()}
-        # By default Ray frees what nobody refers to once a second: a second's worth of updates would lie in the store.
-        settings["_system_config"] = {"free_objects_batch_size": 1}
+        # By default Ray frees what nobody refers to once a second: a second's worth of updates would lie in the store. And what is
+        # larger than 100 KB goes there, by way of another process, which costs more than to send up to a megabyte along.
+        settings["_system_config"] = {"free_objects_batch_size": 1, "max_direct_call_object_size": 1 << 20}
     try:
         with warnings.catch_warnings(), _same_signals():
             warnings.simplefilter("ignore")  # Ray warns about its own dependencies

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from fedtrust.engine import threads
 from fedtrust.engine.chunks import Cut, cpu_cut, gpu_cut
 from fedtrust.engine.cohort import Chunk
 from fedtrust.engine.pool import Pool, Ran, Round
@@ -202,7 +203,8 @@ class RayExecutor:
                 sent[key] = self.ray.put(pack_model(chunk))
             turn.models.append(sent[key])
         turn.homes = self._homes(len(chunks))
-        return self.pool.run(turn, functools.partial(self._tend, job))
+        with threads.using(1):  # a second thread would wait for the next addition by spinning, on a core that a worker wants
+            return self.pool.run(turn, functools.partial(self._tend, job))
 
     def _homes(self, count: int) -> list[str]:
         """Give each node a block of neighbouring chunks, as large as its share of the workers."""

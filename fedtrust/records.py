@@ -6,7 +6,6 @@ import functools
 import importlib.metadata
 import itertools
 import platform
-import shutil
 import subprocess
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -21,7 +20,8 @@ from fedtrust import plugins
 from fedtrust.engine import threads
 from fedtrust.engine.flower import ARRAYS, CohortReply
 from fedtrust.engine.validate import Valid
-from fedtrust.runs import CLIENTS, ROUNDS, RunDirectory, write_json
+from fedtrust.errors import InputError
+from fedtrust.runs import CLIENTS, ROUNDS, RunDirectory, write_atomic, write_json
 from fedtrust.scenario import Cell, Scenario
 from fedtrust.setup import Setup, entry_of, threat_cards
 
@@ -143,11 +143,20 @@ def _git_state() -> str:
 
 
 def keep_plugins(out: Path) -> None:
-    """Copy the plugin files that a scenario uses into the run directory: the code is part of what was run."""
+    """Copy the plugin files that a scenario uses into the run directory, each atomically: the code is part of what was run.
+
+    Raises:
+        InputError: a file cannot be read any more.
+        RunError: the copy cannot be written.
+    """
     for module in plugins.loaded_modules():
         file = getattr(module, "__file__", None)
         if file:
-            shutil.copyfile(file, out / Path(file).name)
+            try:
+                code = Path(file).read_bytes()
+            except OSError as error:
+                raise InputError(f"cannot be read: {error.strerror or error}", file) from None
+            write_atomic(out / Path(file).name, code)
 
 
 def run_summary(setup: Setup, directory: RunDirectory, final: tuple[str, Tensor], seconds: float, engine: str) -> dict[str, Any]:

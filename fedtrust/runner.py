@@ -5,14 +5,14 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fedtrust import matrix, records
 from fedtrust.engine import threads, workers
-from fedtrust.errors import FedTrustError, InputError, said
+from fedtrust.errors import InputError, RunError, said
 from fedtrust.game import Game
 from fedtrust.interrupt import stoppable
 from fedtrust.listener import Listener, OneAtATime, SilentListener
@@ -68,8 +68,8 @@ def run(
     if scenario.sweep is None:
         build(scenario)  # what cannot be meant is refused before anything is written
     directory = RunDirectory.create(out)
+    records.keep_plugins(out)  # first: from the scenario on there is something to resume, and that needs them
     write_atomic(out / "scenario.toml", scenario.resolved_toml().encode())
-    records.keep_plugins(out)
     return _play(scenario, directory, engine, workers, ray_address, cells, listener or SilentListener())
 
 
@@ -127,25 +127,26 @@ def _play(
             directory.status("running")
             records.write_environment(directory, scenario, session.engine, reason)
             summary = session.matrix(scenario, directory, cells) if scenario.sweep else session.single(scenario, directory)
+            session.close()
+            summary["seconds"] = round(time.perf_counter() - began, 2)
+            records.write_summary(directory, summary)
+            status, why = str(summary["status"]), str(summary.get("why", ""))
+            directory.status(status, why)
         except KeyboardInterrupt:
-            return _ended("interrupted", "interrupted; go on with --resume", directory)
-        except FedTrustError as error:
-            _ended("failed", str(error), directory)
-            raise
+            why = "interrupted; go on with --resume"
+            _ended("interrupted", why, directory)
+            return Result("interrupted", directory.path, {}, why)
         except Exception as error:
             _ended("failed", said(error), directory)
             raise
-    summary["seconds"] = round(time.perf_counter() - began, 2)
-    records.write_summary(directory, summary)
-    status, why = str(summary["status"]), str(summary.get("why", ""))
-    directory.status(status, why)
     listener.finished(summary)
     return Result(status, directory.path, summary, why)
 
 
-def _ended(status: str, why: str, directory: RunDirectory) -> Result:
-    directory.status(status, why)
-    return Result(status, directory.path, {}, why)
+def _ended(status: str, why: str, directory: RunDirectory) -> None:
+    """Say how the run ended, if that is possible: on a full disk it is not, and the user must read the first cause."""
+    with suppress(RunError):
+        directory.status(status, why)
 
 
 class _Session:

@@ -152,7 +152,8 @@ def fates_figure(run: Run, clients: int) -> dict[str, Any] | None:
         return None
     title = "Who could be reached, and who replied"
     svg = _grid(rounds, run.malicious, clients, title) if 0 < clients <= MOST_ROWS else _lines(rounds, title)
-    return {"title": title, "svg": svg, "note": _said(rounds, run.malicious, clients)}
+    empty = " An empty place: could be reached, was not asked." if 0 < clients <= MOST_ROWS else ""
+    return {"title": title, "svg": svg, "note": f"{_said(rounds, run.malicious, clients)}{empty}"}
 
 
 def fates(entry: Round) -> dict[str, list[int]]:

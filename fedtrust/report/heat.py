@@ -50,7 +50,12 @@ def _outcomes(matrix: Matrix, fights: dict[tuple[str, str], verdict.Duel]) -> di
     won = f"a success of {100 * verdict.SUCCESS_WON:.0f} % or {100 * verdict.COST_WON:.0f} points of accuracy lost, or more"
     held = f"at most {100 * verdict.SUCCESS_HELD:.0f} % and {100 * verdict.COST_HELD:.0f} points"
     note = f"Attack won: {won}. Held: {held}. Compared with the same strategy without an attack."
-    return {"title": "Who won", "columns": axes.strategies, "rows": rows, "note": note, "scale": []}
+    return {"title": "Who won", "columns": axes.strategies, "long": _long(axes.strategies), "rows": rows, "note": note, "scale": []}
+
+
+def _long(names: list[str]) -> bool:
+    """Return whether a name has a word that a narrow column would cut: lines break at blanks and hyphens."""
+    return any(len(word) > 8 for name in names for word in name.replace("-", " ").split())
 
 
 def _heat(matrix: Matrix, partition: str, metric: str) -> dict[str, Any]:
@@ -76,6 +81,7 @@ def _heat(matrix: Matrix, partition: str, metric: str) -> dict[str, Any]:
     return {
         "title": title,
         "columns": summary.axes.strategies,
+        "long": _long(summary.axes.strategies),
         "rows": rows,
         "note": note,
         "scale": [shown(metric, end).replace(".0 %", " %") for end in ends],

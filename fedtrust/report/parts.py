@@ -259,7 +259,8 @@ def trouble(rounds: Sequence[Round], limit: int = 20) -> Trouble:
             reasons.setdefault(clipped(reason, 200), {}).setdefault(client, []).append(entry.round)
     dropped = []
     for reason, clients in sorted(reasons.items(), key=lambda item: -sum(map(len, item[1].values()))):
-        named = [f"{clipped(client, 20)} (round{'s' if len(at) > 1 else ''} {_runs(at)})" for client, at in list(clients.items())[:limit]]
+        ordered = sorted(clients.items(), key=lambda item: (len(item[0]), item[0]))  # the ids are strings: 2 before 10
+        named = [f"{clipped(client, 20)} (round{'s' if len(at) > 1 else ''} {_runs(at)})" for client, at in ordered[:limit]]
         more = f", and {len(clients) - limit} more clients" if len(clients) > limit else ""
         dropped.append({"reason": reason, "clients": f"{', '.join(named)}{more}", "times": sum(map(len, clients.values()))})
     missed = [

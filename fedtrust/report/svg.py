@@ -17,6 +17,7 @@ COLOURS = 8  # line styles s0 … s7 in style.css
 _DASHES = ("", "7 3", "2 3", "9 3 2 3", "4 2", "12 3", "1 3", "6 2 1 2 1 2")
 _LEFT, _TOP, _BOTTOM, _LABEL = 40.0, 12.0, 36.0, 84.0
 _MOST_POINTS, _MOST_HOVER = 80, 40
+_LETTER, _MOST_LETTERS = 6.0, 18  # of a label at the end of a line: about how wide one is, and how many are shown
 
 T = TypeVar("T")
 
@@ -148,7 +149,9 @@ def _frame(series: list[Series], axes: Axes) -> _Frame:
         low = min(low, 0.0) if low < 0.5 * high or low < 0 else low
         high = high if high > low else low + max(abs(low), 1.0)
     last = max(xs) if max(xs) > min(xs) else min(xs) + 1
-    return _Frame(min(xs), last, low, high, WIDTH - (_LABEL if len(series) > 1 else 14.0))
+    longest = max(min(len(s.name), _MOST_LETTERS) for s in series)
+    labels = max(_LABEL, 21 + _LETTER * longest) if len(series) > 1 else 14.0
+    return _Frame(min(xs), last, low, high, WIDTH - labels)
 
 
 def _grid(frame: _Frame, axes: Axes) -> list[Markup]:
@@ -224,7 +227,7 @@ def _labels(frame: _Frame, series: list[Series]) -> list[Markup]:
         x = frame.x(s.points[-1][0])
         parts.append(el("line", x1=x + 4, y1=end, x2=frame.right + 9, y2=place, cls="tie"))
         parts.append(marker(frame.right + 14, place, s.style))
-        parts.append(el("text", el("title", s.name), clipped(s.name, 11), x=frame.right + 21, y=place + 3.5, cls="label"))
+        parts.append(el("text", el("title", s.name), clipped(s.name, _MOST_LETTERS), x=frame.right + 21, y=place + 3.5, cls="label"))
     return parts
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Generator, Tensor
 
 from fedtrust.data.base import Task
+from fedtrust.engine import threads
 from fedtrust.errors import RunError
 from fedtrust.layout import Layout
 from fedtrust.registry import register
@@ -167,6 +168,7 @@ class Pipeline:
     filters: Sequence[Stage]
     aggregator: Stage
     steps: Sequence[Stage]
+    deadline: float = math.inf  # seconds that each component gets
 
     def __call__(self, updates: Tensor, ctx: AggContext, states: Mapping[str, State], rng: Callable[[str], Generator]) -> Outcome:
         """Turn the updates [n, d] into the change of the model.
@@ -217,7 +219,7 @@ class Pipeline:
             began = time.perf_counter()
             # Copies: a component that computes in place must not reach the model or its own past.
             here = replace(ctx, params=ctx.params.clone(), state=_copy(states.get(stage.place, {})), rng=rng(stage.place))
-            verdict = _run(stage, value, here)
+            verdict = _run(stage, value, here, self.deadline)
             _check(stage, verdict, value, ctx.layout.size, rows=stage.place.startswith("filters"))
             seconds[stage.place] = time.perf_counter() - began
             if verdict.state is not None:
@@ -250,10 +252,13 @@ def _copy(state: State) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in state.items()}
 
 
-def _run(stage: Stage, value: Tensor, ctx: AggContext) -> Verdict:
-    try:
+def _run(stage: Stage, value: Tensor, ctx: AggContext, deadline: float = math.inf) -> Verdict:
+    def call() -> Verdict | Tensor:
         with torch.no_grad():
-            result = stage.rule(value, ctx)
+            return stage.rule(value, ctx)
+
+    try:
+        result = call() if deadline == math.inf else threads.within(deadline, call)
     except RunError:
         raise
     except (Exception, SystemExit) as error:

@@ -142,6 +142,7 @@ def _pipeline(scenario: Scenario) -> Pipeline:
         [_stage("filter", f"filters[{i}]", ref, scenario) for i, ref in enumerate(spec.filters)],
         _stage("aggregator", "aggregator", spec.aggregator, scenario),
         [_stage("step", f"steps[{i}]", ref, scenario) for i, ref in enumerate(spec.steps)],
+        scenario.engine.deadline,
     )
 
 

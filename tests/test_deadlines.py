@@ -76,11 +76,11 @@ def test_a_client_that_hangs_after_training_is_dropped_by_name(small: Small, out
     result = run(scenario, out, engine="local")
     assert result.status == "finished", result.why
     faults = RunDirectory(out).records("rounds.jsonl")[1]["faults"]
-    assert faults == {c: f"{where}: TimeoutError: no answer within 0.5 s" for c in ("2", "5")}
+    assert faults == dict.fromkeys(("2", "5"), f"{where}: TimeoutError: no answer within 0.5 s")
 
 
 def test_a_server_rule_that_hangs_fails_the_run(small: Small, out: Path) -> None:
-    with pytest.raises(RunError, match=r"no answer within 0.5 s"):
+    with pytest.raises(RunError, match=r"aggregator 'hanging-rule' failed in round 1: TimeoutError: no answer within 0.5 s"):
         run(small(strategy={"aggregator": "hanging-rule"}, engine={"deadline": 0.5}), out, engine="local")
     assert "no answer" in (out / "status.json").read_text()
 

@@ -67,7 +67,8 @@ class LazyArray(Array):
 
     def __init__(self, tensor: Tensor, plus: Tensor | None = None) -> None:
         # Not by assignment: `Array` looks at every one.
-        self.__dict__.update(_tensor=tensor, _plus=plus, dtype=str(tensor.dtype).removeprefix("torch."), shape=tuple(tensor.shape), stype=_NPY)
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        self.__dict__.update(_tensor=tensor, _plus=plus, dtype=dtype, shape=tuple(tensor.shape), stype=_NPY)
 
     @property
     def data(self) -> bytes:

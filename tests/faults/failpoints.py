@@ -2,7 +2,7 @@
 
 A moment is a word and a file, such as ("half written", "checkpoint.safetensors"); a file that is written beside its place (`x.tmp`,
 `.x.half`) counts as `x`, the folder itself as `.`. At the chosen moment the process dies as if the power went (SIGKILL: no handler, no
-flush), or the disk is full from then on.
+flush), is asked to leave (SIGTERM), or the disk is full from then on.
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ class _Points:
             os.kill(os.getpid(), signal.SIGKILL)
             time.sleep(60)
         self._struck = self._struck or hit
-        if self._act == "full" and self._struck and moment in CAN_FAIL:
+        if "term" in self._act and hit:
+            os.kill(os.getpid(), signal.SIGTERM)
+        if "full" in self._act and self._struck and moment in CAN_FAIL:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
@@ -97,7 +99,7 @@ def install(
 
     Args:
         root: only what happens to files below this folder counts.
-        act: `kill`, `full` (ENOSPC from then on) or `log` (nothing).
+        act: `kill`, `term` (SIGTERM), `full` (ENOSPC from then on), `term, full` (both) or `log` (nothing).
         at: strike at the moment of this number, from 0.
         moment, file, nth: strike the n-th time that this moment of this file comes.
         log: write every moment as a line into this file.

@@ -113,7 +113,7 @@ WORKERS = {
 PARTS = {
     part: f"the student's {part} raises, leaves, wants too much memory, recurses" for part in ("aggregator", "filter", "step", "probe")
 }
-HANGS = {part: f"a student's {part} hangs" for part in ("craft", "aggregator", "probe")}
+HANGS = {part: f"a student's {part} hangs" for part in ("craft", "reply", "aggregator", "probe")}
 
 _SAME = "a resume ends with exit 0 and the very bits of an undisturbed run"
 _KILL = "SIGKILL to itself at this moment of the third round's commit"
@@ -127,17 +127,22 @@ _DROPPED = "the client is dropped by name, the others' round counts"
 _WORKERS = "Ray workers"
 _WORKER = "the guilty client costs its current round at most, by name; everybody and both workers are back in the next"
 _FAILED = "exit 1, status failed, one line that names it"
+_GIVEN_UP = "exit 1, status failed, one line that names it"
 _ON = "the run goes on and is not blamed"
 
 FAULTS: tuple[Fault, ...] = (
     *(Fault(_WRITING, fault, _KILL, _SAME) for fault in COMMITS),
     *(Fault(_WRITING, fault, "SIGKILL to itself at this moment", _SAME + "; a finished run is left alone") for fault in EDGES),
     Fault(_WRITING, "killed before its scenario is written", "SIGKILL to itself at this moment", _REFUSED),
+    Fault(_WRITING, "killed: the plugin, half written", "SIGKILL to itself at this moment", _REFUSED),
+    Fault(_WRITING, "killed: the scenario that wants a plugin, after renaming", "SIGKILL to itself at this moment", _SAME),
     Fault(_WRITING, "killed while a resume cuts the records", "SIGKILL before and after the cut", _SAME),
     Fault(_WRITING, "killed at every single moment of everything a run writes", "one run a moment; the resume is killed as well", _SAME),
     Fault(_WRITING, "killed at sixty random moments", "SIGKILL from outside, moments drawn from a fixed seed", _SAME),
     Fault(_WRITING, "a matrix killed at any moment", "SIGKILL at every fifth moment of everything a matrix of two cells writes", _SAME),
     *(Fault(_DISK, fault, "ENOSPC from then on: at opening, in the middle of a write, at fsync", _ROOM) for fault in FULL),
+    Fault(_DISK, "the disk is full when a run says why it failed", "a rule raises, ENOSPC at the status", "exit 1 with the first reason"),
+    Fault(_DISK, "the disk is full when a run is interrupted", "SIGTERM, then ENOSPC at the status", "exit 130; " + _SAME),
     Fault(_DISK, "a file may not grow any more", "RLIMIT_FSIZE of 2500 bytes: the kernel refuses the checkpoint", _ROOM),
     Fault(_DISK, "the disk is full at every single moment", "ENOSPC from then on, one run a moment", _ROOM),
     *(Fault(_DAMAGE, fault, how, _REFUSED) for fault, how in DAMAGE.items()),
@@ -148,6 +153,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault(_SIGNALS, "Ctrl-C", "SIGINT to the process group of `python -m fedtrust`", _OUT),
     Fault(_SIGNALS, "SIGTERM", "to the process", _OUT),
     Fault(_SIGNALS, "SIGHUP", "to the process", _OUT),
+    Fault(_SIGNALS, "SIGTERM while the summary is written", "to itself, the file half written", _OUT),
     Fault(_SIGNALS, "SIGHUP under nohup", "SIGHUP is ignored from the start", "it plays on"),
     Fault(_SIGNALS, "the terminal is closed", "the other end of a pseudo-terminal is closed: SIGHUP, and writes fail", _OUT),
     Fault(_SIGNALS, "Ctrl-C five times in a row", "SIGINT every 20 ms", _OUT),
@@ -159,13 +165,15 @@ FAULTS: tuple[Fault, ...] = (
     Fault(_CLIENTS, "`remember` raises, calls sys.exit(0) or os._exit(0)", "one run each", _FAILED),
     Fault(_CLIENTS, "a client hangs in `poison`, local", "it sleeps for an hour; deadline 5 s", _DROPPED),
     Fault(_CLIENTS, "a client spins in `loss`, local", "it loops for ever; deadline 5 s", _DROPPED),
+    Fault(_CLIENTS, HANGS["craft"], "a coalition of two sleeps for an hour; deadline 2 s", _DROPPED),
+    Fault(_CLIENTS, HANGS["reply"], "it sleeps for an hour; deadline 2 s", _DROPPED),
     Fault(_CLIENTS, "a client crashes the process, local", "it reads address 0", "no exit 0; the checkpoint stands"),
     *(Fault(_WORKERS, fault, how, _WORKER) for fault, how in WORKERS.items()),
     Fault(_WORKERS, "Ray's memory monitor kills a worker", "a client eats 3 GiB more than Ray's threshold allows", _WORKER),
     Fault(_WORKERS, "Ctrl-C with Ray", "SIGINT to the process group while a round is trained", _LEFT),
     Fault(_WORKERS, "the driver is killed with Ray", "SIGKILL while a round is trained", "no process left; a resume ends with exit 0"),
     *(Fault(_SERVER, fault, "ValueError, sys.exit(0), os._exit(0), 2^50 numbers, no end; a run each", _FAILED) for fault in PARTS.values()),
-    *(Fault(_SERVER, fault, "it sleeps for an hour", "no exit 0; it can be interrupted") for fault in HANGS.values()),
+    *(Fault(_SERVER, HANGS[part], "it sleeps for an hour; deadline 2 s", _GIVEN_UP) for part in ("aggregator", "probe")),
     Fault(_STREAMS, "stdout is closed by its reader (`| head -1`)", "a pipe whose reader leaves; also with --quiet", _ON),
     Fault(_STREAMS, "stdout is full (`> /dev/full`)", "every write fails with ENOSPC; also with --quiet", _ON),
     Fault(_STREAMS, "there is no stdout (`>&-`)", "it is closed from the start; also with --quiet", _ON),

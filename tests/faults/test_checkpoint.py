@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from .conftest import Note
-from .kit import MATRIX, SHORT, Bits, Starter, files, status
+from .kit import HERE, MATRIX, SHORT, Bits, Starter, files, status
 from .table import COMMITS, EDGES
 
 
@@ -55,6 +55,36 @@ def test_killed_before_there_is_a_scenario(starter: Starter, happened: Note) -> 
     ended = starter.play("run", "--resume", out, "--engine", "local")
     assert ended.code == 2
     happened("killed before its scenario is written", f"nothing was run; a resume is refused: {ended.said}")
+
+
+PLUGIN = ("--engine", "local", "--quiet", "--allow-plugin", "faulty")
+PLUGIN_MOMENTS = {
+    "killed: the plugin, half written": ("faulty.py", "half written"),
+    "killed: the scenario that wants a plugin, after renaming": ("scenario.toml", "after renaming"),
+}
+
+
+@pytest.mark.parametrize("fault", PLUGIN_MOMENTS)
+def test_there_is_no_scenario_without_its_plugin(starter: Starter, happened: Note, fault: str) -> None:
+    code = (HERE / "plugin.py").read_bytes()
+    (starter.folder / "faulty.py").write_bytes(code)
+    scenario = starter.scenario(SHORT.replace('"trimmed-mean"', '"faulty:faulty-rule"'))
+    file, moment = PLUGIN_MOMENTS[fault]
+    out, whole = starter.folder / "run", starter.folder / "whole"
+    fail = {"root": out, "act": "kill", "file": file, "moment": moment}
+    assert starter.play("run", scenario, *PLUGIN, "--out", out, fail=fail).code == -signal.SIGKILL
+    if file == "faulty.py":
+        assert not (out / file).exists()
+        ended = starter.play("run", "--resume", out, *PLUGIN)
+        assert ended.code == 2
+        happened(fault, f"nothing was run; a resume is refused: {ended.said}")
+        return
+    assert (out / "faulty.py").read_bytes() == code
+    for command in (("run", scenario, "--out", whole), ("run", "--resume", out)):
+        ended = starter.play(*command, *PLUGIN)
+        assert (ended.code, ended.err) == (0, "")
+    assert Bits.of(out) == Bits.of(whole)
+    happened(fault, "resumed: exit 0, the same bits")
 
 
 @pytest.mark.parametrize("moment", ["before cutting", "after cutting"])

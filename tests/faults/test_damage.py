@@ -70,6 +70,7 @@ def test_damage_is_named_in_one_line(starter: Starter, out: Path, happened: Note
     happened(damage, ended.said)
 
 
+@pytest.mark.slow
 def test_no_flipped_bit_of_a_checkpoint_goes_unseen(out: Path) -> None:
     path = out / "checkpoint.safetensors"
     good = path.read_bytes()

@@ -8,7 +8,7 @@ import pytest
 
 from .conftest import Note
 from .failpoints import CAN_FAIL
-from .kit import SHORT, Bits, Ended, Starter, rows, status
+from .kit import HERE, SHORT, Bits, Ended, Starter, rows, status
 from .table import FULL
 from .test_checkpoint import moments
 
@@ -39,6 +39,26 @@ def test_the_disk_is_full_from_then_on(starter: Starter, whole: Bits, happened: 
         heard.add(f"{ended.said}; {goes_on(starter, out, whole)}")
     assert len(heard) == 1, heard
     happened(next(k for k, v in FULL.items() if v == file), heard.pop())
+
+
+def test_the_first_reason_is_what_is_said(starter: Starter, happened: Note) -> None:
+    """A student's rule raises, and then the disk has no room for the status that says so."""
+    out = starter.folder / "run"
+    (starter.folder / "faulty.py").write_text((HERE / "plugin.py").read_text())
+    scenario = starter.scenario(SHORT.replace('"trimmed-mean"', '{ name = "faulty:faulty-rule", how = "raise" }'))
+    fail = {"root": out, "act": "full", "file": "status.json", "moment": "before opening", "nth": 2}
+    ended = starter.play("run", scenario, "--engine", "local", "--allow-plugin", "faulty", "--out", out, "--quiet", fail=fail)
+    assert (ended.code, status(out)) == (1, "running")
+    assert "a student's bug" in ended.complaint
+    happened("the disk is full when a run says why it failed", f"{ended.said}; status running")
+
+
+def test_an_interrupt_on_a_full_disk(starter: Starter, whole: Bits, happened: Note) -> None:
+    out = starter.folder / "run"
+    fail = {"root": out, "act": "term, full", "file": "rounds.jsonl", "moment": "after fsync", "nth": 3}
+    ended = starter.play("run", starter.scenario(), "--engine", "local", "--out", out, "--quiet", fail=fail)
+    assert (ended.code, status(out), len(rows(out))) == (130, "running", 3)
+    happened("the disk is full when a run is interrupted", f"{ended.said}; status running; {goes_on(starter, out, whole)}")
 
 
 def test_a_file_grows_too_large(starter: Starter, whole: Bits, happened: Note) -> None:

@@ -8,9 +8,15 @@ import pty
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from fedtrust.errors import InputError
+from fedtrust.runner import run
+from fedtrust.runs import RunDirectory
+from fedtrust.scenario import Scenario
 
 from .conftest import Note
 from .kit import HERE, STATEFUL, Bits, Playing, Starter, rows, status
@@ -69,6 +75,19 @@ def test_a_signal_ends_a_run_that_can_go_on(starter: Starter, undisturbed: Bits,
     assert (out / "checkpoint.safetensors").exists()
     fault = {"SIGINT": "Ctrl-C", "SIGTERM": "SIGTERM", "SIGHUP": "SIGHUP"}[how]
     happened(fault, f"{ended.said}; status interrupted, no process left; {resumed(starter, out, undisturbed)}")
+
+
+def test_a_signal_while_the_last_word_is_written(starter: Starter, whole: Bits, happened: Note) -> None:
+    """Nothing is let go before the status is written: neither the handlers nor the folder's lock."""
+    out = starter.folder / "run"
+    fail = {"root": out, "act": "term", "file": "summary.json", "moment": "half written"}
+    ended = starter.play("run", starter.scenario(), "--engine", "local", "--out", out, "--quiet", fail=fail)
+    starter.nothing_left()
+    assert (ended.code, status(out)) == (130, "interrupted")
+    assert starter.play("run", "--resume", out, "--engine", "local", "--quiet").code == 0
+    assert Bits.of(out) == whole
+    said = f"{ended.said}; status interrupted, no process left; a resume ends with exit 0 and the same bits"
+    happened("SIGTERM while the summary is written", said)
 
 
 def test_nohup(starter: Starter, undisturbed: Bits, happened: Note) -> None:
@@ -137,3 +156,21 @@ def test_ctrl_c_in_a_matrix(starter: Starter, happened: Note) -> None:
     for cell in sorted(p.name for p in (whole / "cells").iterdir()):
         assert Bits.of(out / "cells" / cell) == Bits.of(whole / "cells" / cell)
     happened("Ctrl-C in a matrix", f"{ended.said}; a resume ends with exit 0, every cell has the same bits")
+
+
+def test_the_folder_is_locked_while_the_last_word_is_written(
+    small: Callable[..., Scenario], out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody else may play into a folder before its status says how the run ended."""
+    tried: list[str] = []
+    write = RunDirectory.status
+
+    def status_of(self: RunDirectory, status: str, why: str = "") -> None:
+        with pytest.raises(InputError, match="is being played by another process"), RunDirectory(out).lock():
+            tried.append("it could be locked")
+        tried.append(status)
+        write(self, status, why)
+
+    monkeypatch.setattr(RunDirectory, "status", status_of)
+    assert run(small(), out, engine="local").status == "finished"
+    assert tried == ["running", "finished"]

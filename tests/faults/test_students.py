@@ -1,8 +1,6 @@
-"""Rules and probes of students that raise, leave or hang."""
+"""Rules and probes of students that raise, leave or hang, and clients that hang after training."""
 
 from __future__ import annotations
-
-import signal
 
 import pytest
 
@@ -53,17 +51,37 @@ def test_a_part_of_the_server_that_fails_ends_the_run(starter: Starter, happened
     happened(PARTS[part], "every time exit 1, status failed, the component is named, the round before is the last")
 
 
-ATTACK = '[[attackers]]\nbehaviour = "faulty:faulty"\ncount = 1\nparams = { hook = "HOOK", how = "HOW", when = 2 }\n'
+DEADLINE = "[engine]\ndeadline = 2.0\n"
+ATTACK = """
+[[attackers]]
+behaviour = "faulty:faulty"
+ids = IDS
+knowledge = "coalition"
+params = { hook = "HOOK", how = "HOW", when = 2 }
+"""
 
 
-@pytest.mark.parametrize("part", HANGS)
-def test_a_part_that_hangs_can_be_interrupted(starter: Starter, happened: Note, part: str) -> None:
+@pytest.mark.parametrize(("hook", "ids"), [("craft", ["1", "4"]), ("reply", ["3"])])
+def test_who_hangs_after_training_is_dropped_by_name(starter: Starter, happened: Note, hook: str, ids: list[str]) -> None:
     out = starter.folder / "run"
-    more = ATTACK.replace("HOOK", part) if part not in PLACES else ""
-    playing = starter.start("run", scenario(starter, part, "hang", more), *RUN, "--out", out)
-    playing.until(lambda: (out / "rounds.jsonl").exists() and len(rows(out)) == 2)
-    playing.still_runs(1.0)
-    playing.signal(signal.SIGINT)
-    ended = playing.wait(15.0)
-    assert (ended.code, status(out), len(rows(out))) == (130, "interrupted", 2)
-    happened(HANGS[part], f"it waits for ever: nothing guards this yet. Ctrl-C: {ended.said}; status interrupted")
+    more = ATTACK.replace("HOOK", hook).replace("IDS", f"[{', '.join(ids)}]") + DEADLINE
+    ended = starter.play("run", scenario(starter, hook, "hang", more), *RUN, "--out", out)
+    starter.nothing_left()
+    assert (ended.code, ended.err, status(out)) == (0, "", "finished")
+    _, first, second, third = rows(out)
+    assert (first["faults"], third["faults"]) == ({}, {})
+    assert (list(second["faults"]), second["valid"], second["counted"]) == (ids, 6 - len(ids), True)
+    (reason,) = set(second["faults"].values())
+    who = f"the {len(ids)} clients of the coalition are" if len(ids) > 1 else "the client is"
+    happened(HANGS[hook], f'{who} dropped ("{reason}"), nobody else; exit 0, everybody is back in the next round, no process left')
+
+
+@pytest.mark.parametrize(("part", "named"), [("aggregator", "the strategy"), ("probe", "probe 'faulty:faulty-probe'")])
+def test_a_part_of_the_server_that_hangs_ends_the_run(starter: Starter, happened: Note, part: str, named: str) -> None:
+    out = starter.folder / "run"
+    ended = starter.play("run", scenario(starter, part, "hang", DEADLINE), *RUN, "--out", out)
+    starter.nothing_left()
+    assert (ended.code, status(out), len(rows(out))) == (1, "failed", 2)
+    assert f"{named} failed" in ended.complaint
+    assert "TimeoutError: no answer within 2 s" in ended.complaint
+    happened(HANGS[part], f"{ended.said}; status failed, no process left")

@@ -86,6 +86,7 @@ def a_bad_night(starter: Starter, happened: Note, faults: list[str], deadline: f
     starter.nothing_left()
 
 
+@pytest.mark.slow
 def test_a_night_with_ray(starter: Starter, happened: Note) -> None:
     a_bad_night(starter, happened, ORDINARY)
 

@@ -27,6 +27,21 @@ def test_ticks(low: float, high: float, whole: bool, expected: list[float]) -> N
     assert ticks(low, high, 5, whole=whole) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    ("name", "shown"), [("centered-clipping", "centered-clipping"), ("norm-clip + centered-clipping", "norm-clip + cente…")]
+)
+def test_the_name_at_the_end_of_a_line_fits_beside_the_plot(name: str, shown: str) -> None:
+    chart = line_chart("t", [Series(name, [(0, 0.0), (1, 0.5)]), Series("mean", [(0, 0.1), (1, 0.9)], 1)], Axes("Round", "Accuracy"))
+    labels = re.findall(r'<text x="([\d.]+)" y="[\d.]+" class="label"><title>[^<]*</title>([^<]+)</text>', chart)
+    assert {words for _, words in labels} == {shown, "mean"}
+    assert all(float(x) + 6 * len(words) <= 340 for x, words in labels)
+
+
+def test_who_was_dropped_is_listed_in_the_order_of_the_clients() -> None:
+    rounds = [Round(round=1, faults={"10": "late", "2": "late"}), Round(round=2, faults={"7": "late"})]
+    assert trouble(rounds).dropped[0]["clients"] == "2 (round 1), 7 (round 2), 10 (round 1)"
+
+
 def test_attributes_and_text_are_escaped() -> None:
     assert el("text", '<b>&"', x=1.0, cls='"><x') == '<text x="1" class="&#34;&gt;&lt;x">&lt;b&gt;&amp;&#34;</text>'
 

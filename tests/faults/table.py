@@ -127,7 +127,6 @@ _DROPPED = "the client is dropped by name, the others' round counts"
 _WORKERS = "Ray workers"
 _WORKER = "the guilty client costs its current round at most, by name; everybody and both workers are back in the next"
 _FAILED = "exit 1, status failed, one line that names it"
-_GIVEN_UP = "exit 1, status failed, one line that names it"
 _ON = "the run goes on and is not blamed"
 
 FAULTS: tuple[Fault, ...] = (
@@ -173,7 +172,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault(_WORKERS, "Ctrl-C with Ray", "SIGINT to the process group while a round is trained", _LEFT),
     Fault(_WORKERS, "the driver is killed with Ray", "SIGKILL while a round is trained", "no process left; a resume ends with exit 0"),
     *(Fault(_SERVER, fault, "ValueError, sys.exit(0), os._exit(0), 2^50 numbers, no end; a run each", _FAILED) for fault in PARTS.values()),
-    *(Fault(_SERVER, HANGS[part], "it sleeps for an hour; deadline 2 s", _GIVEN_UP) for part in ("aggregator", "probe")),
+    *(Fault(_SERVER, HANGS[part], "it sleeps for an hour; deadline 2 s", _FAILED) for part in ("aggregator", "probe")),
     Fault(_STREAMS, "stdout is closed by its reader (`| head -1`)", "a pipe whose reader leaves; also with --quiet", _ON),
     Fault(_STREAMS, "stdout is full (`> /dev/full`)", "every write fails with ENOSPC; also with --quiet", _ON),
     Fault(_STREAMS, "there is no stdout (`>&-`)", "it is closed from the start; also with --quiet", _ON),

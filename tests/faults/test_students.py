@@ -76,7 +76,7 @@ def test_who_hangs_after_training_is_dropped_by_name(starter: Starter, happened:
     happened(HANGS[hook], f'{who} dropped ("{reason}"), nobody else; exit 0, everybody is back in the next round, no process left')
 
 
-@pytest.mark.parametrize(("part", "named"), [("aggregator", "the strategy"), ("probe", "probe 'faulty:faulty-probe'")])
+@pytest.mark.parametrize(("part", "named"), [("aggregator", "aggregator 'faulty:faulty-rule'"), ("probe", "probe 'faulty:faulty-probe'")])
 def test_a_part_of_the_server_that_hangs_ends_the_run(starter: Starter, happened: Note, part: str, named: str) -> None:
     out = starter.folder / "run"
     ended = starter.play("run", scenario(starter, part, "hang", DEADLINE), *RUN, "--out", out)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fedtrust.probes.base import Artefact, ProbeContext, probe
     from fedtrust.repairs import RepairContext, Repaired, RepairFacts, repair
     from fedtrust.scenario import Scenario, load, parse
+    from fedtrust.sending import Recipe, SendContext, sender
     from fedtrust.server import AggContext, PipelineFacts, Verdict, aggregator, server_filter, step
 
 # OpenMP's threads wait for more work by spinning, on cores that train clients: on two cores that made rounds up to 1.7 times as long. It
@@ -30,6 +31,7 @@ _HOMES = {
     "fedtrust.probes.base": ("Artefact", "ProbeContext", "probe"),
     "fedtrust.repairs": ("RepairContext", "RepairFacts", "Repaired", "repair"),
     "fedtrust.scenario": ("Scenario", "load", "parse"),
+    "fedtrust.sending": ("Recipe", "SendContext", "sender"),
     "fedtrust.server": ("AggContext", "PipelineFacts", "Verdict", "aggregator", "server_filter", "step"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
@@ -41,11 +43,13 @@ __all__ = [
     "PipelineFacts",
     "Predict",
     "ProbeContext",
+    "Recipe",
     "RepairContext",
     "RepairFacts",
     "Repaired",
     "Reply",
     "Scenario",
+    "SendContext",
     "Task",
     "Verdict",
     "View",
@@ -56,6 +60,7 @@ __all__ = [
     "parse",
     "probe",
     "repair",
+    "sender",
     "server_filter",
     "step",
 ]

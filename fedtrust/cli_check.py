@@ -99,6 +99,8 @@ def tiny(entry: Entry, name: str) -> dict[str, Any]:
         strategy["aggregator"] = name
     elif entry.kind == "probe":
         document["probes"] = [name]
+    elif entry.kind == "sender":
+        document["malicious_server"] = {"sender": name}
     elif entry.kind == "model":
         document["model"] = name
     else:

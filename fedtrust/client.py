@@ -12,6 +12,8 @@ from fedtrust.data.base import Task
 from fedtrust.errors import InputError
 from fedtrust.layout import Layout
 from fedtrust.models.architecture import Architecture
+from fedtrust.privacy.record import RecordMechanism
+from fedtrust.probes.guesses import Guess
 from fedtrust.registry import REGISTRY
 
 Knowledge = Literal["own", "coalition", "omniscient", "omniscient+defence"]
@@ -110,8 +112,8 @@ class Reply(NamedTuple):
 class Behaviour:
     """A client that follows the protocol. Annotated fields of a subclass are its parameters in a scenario.
 
-    Hooks, in the order of a round: `agree` → `poison` → training with `loss` and `project` → `craft` → `reply`. A hook that is not
-    overridden costs nothing.
+    Hooks, in the order of a round: `agree` → `poison` → training with `loss`, `per_sample` and `project` → `craft` → `reply`. A hook that
+    is not overridden costs nothing.
     """
 
     #: `honest` or `malicious`; set by the `behaviour` decorator.
@@ -144,6 +146,17 @@ class Behaviour:
         """Return what it minimises on a batch `x` [b, *shape], `y` [b], a scalar. Must work under `torch.func.vmap`."""
         return view.criterion(predict(x), y)
 
+    def per_sample(self, samples: int, batch_size: int) -> RecordMechanism | None:
+        """Return how it makes its local steps of the gradients of single samples; `None`: of the gradient of a batch, like everybody.
+
+        Such a client draws its batches by that object too, and `loss` is asked of one sample at a time (`x` [1, *shape], `y` [1]).
+
+        Args:
+            samples: on how many samples it trains.
+            batch_size: samples a local step, as the scenario has it.
+        """
+        return None
+
     def project(self, update: Tensor, view: View) -> Tensor:
         """Return what it keeps of its movement away from the global model [d], after every local step; `view` is that of `loss`.
 
@@ -158,6 +171,14 @@ class Behaviour:
     def reply(self, reply: Reply, view: View) -> Reply | None:
         """Return the message it sends; an honest client leaves it as it is. `None` sends nothing."""
         return reply
+
+    def claim(self, view: View) -> Mapping[str, Guess]:
+        """Return what it has found out after the last round, by name; for adversaries who extract something.
+
+        Asked once, with the view of `craft` (no update is made): of a coalition, or with `own` knowledge of its first member. A teacher
+        scores the guesses (`fedtrust.probes.guesses`) and records them under the behaviour's name.
+        """
+        return {}
 
     def goal(self, x: Tensor, y: Tensor, task: Task) -> tuple[Tensor, Tensor] | None:
         """Return what the attacker wants the model to say, or `None` without such a goal: inputs and the labels he wants for them.
@@ -177,7 +198,14 @@ class Behaviour:
 
 BehaviourClass = TypeVar("BehaviourClass", bound=type[Behaviour])
 
-_HOOKS: dict[str, str] = {"poison": "data", "loss": "training", "project": "training", "craft": "update", "reply": "message"}
+_HOOKS: dict[str, str] = {
+    "poison": "data",
+    "loss": "training",
+    "per_sample": "training",
+    "project": "training",
+    "craft": "update",
+    "reply": "message",
+}
 
 
 def overrides(behaviour: Behaviour | type[Behaviour], hook: str) -> bool:
@@ -227,6 +255,10 @@ class Poisoned(Behaviour):
     def loss(self, predict: Predict, x: Tensor, y: Tensor, view: View) -> Tensor:
         """Return the honest loss."""
         return self.honest.loss(predict, x, y, _seen("honest", view))
+
+    def per_sample(self, samples: int, batch_size: int) -> RecordMechanism | None:
+        """Return what the honest software protects its records with; poisoned ones are records too."""
+        return self.honest.per_sample(samples, batch_size)
 
     def project(self, update: Tensor, view: View) -> Tensor:
         """Return what honest clients keep."""
@@ -283,8 +315,8 @@ def behaviour(
         where = f"{cls.__module__}.{cls.__qualname__}"
         if not (isinstance(cls, type) and issubclass(cls, Behaviour)):
             raise InputError("a behaviour is a subclass of fedtrust.Behaviour", where)
-        if role == "malicious" and not capabilities(cls):
-            raise InputError(f"behaviour '{name}' overrides none of {', '.join(_HOOKS)}: it would attack nothing", where)
+        if role == "malicious" and not capabilities(cls) and not overrides(cls, "claim"):
+            raise InputError(f"behaviour '{name}' overrides none of {', '.join(_HOOKS)}, claim: it would attack nothing", where)
         if knowledge == "own" and overrides(cls, "agree"):
             raise InputError(f"behaviour '{name}' agrees on something, so it needs knowledge 'coalition' at least", where)
         try:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from flwr.app import ConfigRecord
 from torch import Tensor
 
-from fedtrust import records, repairs, views
+from fedtrust import records, repairs
 from fedtrust.engine import flower, seeds, threads, workers
 from fedtrust.engine.cohort import Chunk, own_training
 from fedtrust.engine.devices import Devices, Plan
@@ -22,10 +21,11 @@ from fedtrust.engine.roster import cohort
 from fedtrust.engine.survey import Poll
 from fedtrust.engine.validate import Valid, validate
 from fedtrust.errors import FedTrustError, InputError, RunError, TooFewError, said
-from fedtrust.probes.base import Artefact, ProbeContext, Truth, share
+from fedtrust.measuring import Looked, Measuring
+from fedtrust.probes.base import share
 from fedtrust.runs import CLIENTS, ROUNDS, Checkpoint, RunDirectory
 from fedtrust.scenario import AttackerSpec
-from fedtrust.setup import BoundRepair, Setup, goals_now, rival_goals
+from fedtrust.setup import BoundRepair, Setup, rival_goals
 from fedtrust.strategy import FedTrustStrategy
 
 
@@ -35,7 +35,7 @@ class Game:
     def __init__(self, setup: Setup, directory: RunDirectory, executor: workers.Executor) -> None:
         self.setup, self._directory = setup, directory
         saved = directory.restore()
-        self._measuring = setup.world.for_measuring("cuda" if torch.cuda.is_available() else "cpu")
+        self._measuring = Measuring(setup, directory, executor)
         self.job = executor.open(setup.world)
         self._deadline = setup.scenario.engine.deadline
         self._grid = CohortGrid(setup.world, setup.roster, self.job, stock=setup.stock, deadline=self._deadline)
@@ -44,7 +44,6 @@ class Game:
         self._devices = None if system is None else Devices.of(system, setup.world)
         self._clock = 0.0  # virtual seconds since the start
         self._history: list[dict[str, float]] = []  # what was measured so far, by round
-        self._windows = tuple((group.name, *group.rounds) for group in setup.roster.groups)
         self._fresh = True
         if saved is not None:
             try:
@@ -71,7 +70,7 @@ class Game:
         """Play the rounds that are left and yield each record once it is safe on the disk."""
         if self._fresh:
             with threads.using(threads.SERVER):
-                metrics = self._probe(Valid((), [], {}), None, self._params, final=False)
+                metrics = self._measure(Valid((), [], {}), None, self._params, final=False)
             clock = {"clock": 0.0} if self._devices is not None and self._devices.timed else {}
             yield self._commit({"round": 0, "counted": True, "metrics": metrics, **clock}, [])
         while self.round < self.setup.scenario.rounds:
@@ -102,7 +101,7 @@ class Game:
         strategy = setup.strategy
         defence = strategy.preview(number, self._params) if isinstance(strategy, FedTrustStrategy) else None
         sums = strategy.sums if isinstance(strategy, FedTrustStrategy) else None
-        self._grid.begin(number, asked, defence, plan, sums, watched=bool(self._observers()))
+        self._grid.begin(number, asked, defence, plan, sums, watched=self._measuring.watched)
         times = [time.perf_counter()]
         arrays = flower.FlatRecord(self._params, setup.world.layout)
         try:
@@ -120,7 +119,7 @@ class Game:
             why = self._aggregate(valid, quorum, plan)
             times.append(time.perf_counter())
             trust = strategy.outcome.trust if isinstance(strategy, FedTrustStrategy) and strategy.outcome and not why else None
-            metrics = self._probe(valid, trust, before, final=number == self._last)
+            metrics = self._measure(valid, trust, before, final=number == self._last)
         times.append(time.perf_counter())
         rows = records.client_rows(setup, number, asked, valid, self._grid.losses, trust)
         record = records.round_record(
@@ -144,8 +143,8 @@ class Game:
             self._params = found.value
             times.append(time.perf_counter())
             numbers = {f"{bound.entry.name}/{key}": value for key, value in found.numbers.items()}
-            metrics = self._keep(bound.entry.name, {**found.artefacts, **numbers})
-            metrics |= self._probe(Valid((), [], {}), None, before, final=self.round == self._last)
+            metrics = self._measuring.keep(bound.entry.name, {**found.artefacts, **numbers})
+            metrics |= self._measure(Valid((), [], {}), None, before, final=self.round == self._last)
         times.append(time.perf_counter())
         clock = {"clock": self._clock} if self._devices is not None and self._devices.timed else {}
         asked = {"surveyed": poll.asked, "faults": {str(c): reason for c, reason in sorted(poll.faults.items())}} if poll.asked else {}
@@ -210,91 +209,19 @@ class Game:
         self._params = params.detach().clone()
         return ""
 
-    def _probe(self, valid: Valid, trust: Tensor | None, before: Tensor, *, final: bool) -> dict[str, float]:
-        """Measure the model; `before` is the one that the clients were sent."""
-        metrics: dict[str, float] = {}
-        context = self._probe_context(valid, trust, before, final=final)
-        stamps = self._stamps()
-        for bound in self.setup.probes:
-            rng = seeds.torch_stream(self.setup.world.seed, f"probe/{bound.entry.name}", self.round)
-            full = dataclasses.replace(context, rng=rng, params=self._params.clone())  # a probe that writes on it harms nobody
-            if bound.entry.meta.get("when") == "end" and not final:
-                continue
-            try:
-                seen = views.probe_view(str(bound.entry.meta["role"]), full)
-                found = self._keep(bound.entry.name, threads.within(self._deadline, functools.partial(bound.call, seen)))
-                twice = sorted(metrics.keys() & found.keys())
-                if twice:
-                    raise ValueError(f"metric '{twice[0]}' is measured by another probe already")
-                if stamps != self._stamps():
-                    raise ValueError("it changed the test samples or the clients' data in place")
-                metrics |= found
-            except (Exception, SystemExit) as error:  # a student's probe may raise anything
-                raise RunError(f"probe '{bound.entry.name}' failed in round {self.round}: {type(error).__name__}: {error}") from error
-        return metrics
-
-    def _stamps(self) -> tuple[int, ...]:
-        """Return the version counters of what probes are shown and must not write on."""
-        data = self.setup.world.data
-        return tuple(t._version for t in (data.x_test, data.y_test, data.x, data.y))
-
-    def _keep(self, name: str, found: Mapping[str, float | Artefact]) -> dict[str, float]:
-        for key, value in found.items():
-            if isinstance(value, Artefact):
-                self._directory.save_artefact(f"{name}.{key}", value)
-        numbers = {k: float(v) for k, v in found.items() if not isinstance(v, Artefact)}
-        # A model that has diverged may have no finite loss, and JSON no other number: such a metric is absent from its round.
-        return {k: v for k, v in numbers.items() if math.isfinite(v)}
-
-    def _probe_context(self, valid: Valid, trust: Tensor | None, before: Tensor, *, final: bool) -> ProbeContext:
-        world, params = self.setup.world, self._params
-        on_test: list[Tensor] = []  # what the model says to the test samples, asked for by most probes
-
-        def query(x: Tensor) -> Tensor:
-            if x is not world.data.x_test:
-                return self._measuring.predict(params, x)
-            if not on_test:
-                on_test.append(self._measuring.predict(params, x))
-            return on_test[0].clone()
-
-        return ProbeContext(
-            round=self.round,
-            final=final,
-            task=world.data.task,
-            query=query,
-            rng=seeds.torch_stream(world.seed, "probe", self.round),
-            criterion=world.criterion,
-            params=params,
-            model=world.model,
-            clients=valid.clients,
-            updates=self._updates(valid, before),
-            trust=trust,
-            test=(world.data.x_test, world.data.y_test),
-            data=world.data,
-            truth=Truth(
-                frozenset(self.setup.roster.malicious(min(self.round, self.setup.scenario.rounds))),
-                goals_now(self.setup, self._grid.memories),
-                self._windows,
-            ),
-            history=tuple(self._history),
-        )
-
-    def _updates(self, valid: Valid, before: Tensor) -> Tensor | None:
-        """Return what the protocol showed the server; only gathered when a probe looks at it."""
-        if not self._observers() or not valid.messages:
-            return None
-        return torch.stack([flower.update(m, before, self.setup.world.layout) for m in valid.messages])
-
-    def _observers(self) -> list[str]:
-        """Return the probes that look at each update."""
-        metas = {p.entry.name: p.entry.meta for p in self.setup.probes}
-        return [name for name, meta in metas.items() if meta.get("role") == "curious-server" or meta.get("updates")]
+    def _measure(self, valid: Valid, trust: Tensor | None, before: Tensor, *, final: bool) -> dict[str, float]:
+        """Measure the model; `before` is the one that the round began with."""
+        strategy = self.setup.strategy
+        sent = strategy.sent if isinstance(strategy, FedTrustStrategy) else {}
+        sent = sent or dict.fromkeys(valid.clients, before)
+        history = tuple(self._history)
+        return self._measuring.probe(Looked(self.round, final, self._params, before, valid, trust, sent, self._grid.memories, history))
 
     def success(self, attackers: Sequence[AttackerSpec]) -> float | None:
         """Return how often the final model does what these adversaries want, who took no part; `None` if they want nothing of that kind."""
         with threads.using(threads.SERVER):
             goals = rival_goals(attackers, self.setup)
-            return max((share(self._measuring.predict(self._params, g.x).argmax(1) == g.y) for g in goals), default=None)
+            return max((share(self._measuring.world.predict(self._params, g.x).argmax(1) == g.y) for g in goals), default=None)
 
     def finish(self) -> tuple[str, Tensor]:
         """Write the final model and return its SHA-256, and the model."""

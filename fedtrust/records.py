@@ -21,6 +21,7 @@ from fedtrust.engine import threads
 from fedtrust.engine.flower import ARRAYS, CohortReply
 from fedtrust.engine.validate import Valid
 from fedtrust.errors import InputError
+from fedtrust.observers import observer_cards
 from fedtrust.runs import CLIENTS, ROUNDS, RunDirectory, write_atomic, write_json
 from fedtrust.scenario import Cell, Scenario
 from fedtrust.setup import Setup, entry_of, threat_cards
@@ -217,6 +218,7 @@ def run_summary(
         "seconds": round(seconds, 2),
         "engine": engine,
         "threats": cards,
+        **_observers(scenario),
         "federation": federation(setup),
         "assumed_malicious": scenario.strategy.assumed_malicious,
         "trust_mean": _trust_mean(directory),
@@ -232,6 +234,12 @@ def _why(rounds: Sequence[Mapping[str, Any]], number: int) -> str:
     entry = next(r for r in rounds if r["round"] == number)
     name = f"repair '{entry['repair']}'" if "repair" in entry else f"round {number}"
     return f"{name}: {entry.get('why', '')}"
+
+
+def _observers(scenario: Scenario) -> dict[str, Any]:
+    """Return the cards of those who attack without being clients; nothing where there is nobody."""
+    cards = observer_cards(scenario)
+    return {"observers": cards} if cards else {}
 
 
 def _repairs(rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -372,6 +380,7 @@ def matrix_summary(scenario: Scenario, results: Sequence[CellResult | None]) -> 
         "axes": {name: list(values) for name, values in scenario.axes().items()},
         "cells": [r.row for r in played],
         "threats": {r.row["attackers"]: r.threats for r in played if r.threats is not None},
+        **_observers(scenario),
         **_tested(scenario, [r.row for r in played]),
     }
 

@@ -26,7 +26,8 @@ if TYPE_CHECKING:  # imported where a component is registered or checked: the tr
     import pydantic
 
 Kind = Literal[
-    "behaviour", "filter", "aggregator", "step", "repair", "probe", "model", "loss", "optimiser", "source", "partition", "feature-skew",
+    "behaviour", "filter", "aggregator", "step", "repair", "sender", "probe", "model", "loss", "optimiser", "source", "partition",
+    "feature-skew",
 ]  # fmt: skip
 KINDS: tuple[Kind, ...] = typing.get_args(Kind)
 

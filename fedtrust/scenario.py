@@ -25,6 +25,7 @@ from fedtrust.scenario_parts import (
     ClientsSpec,
     DataSpec,
     EngineSpec,
+    MaliciousServerSpec,
     ProbeSpec,
     Ref,
     Spec,
@@ -34,7 +35,7 @@ from fedtrust.scenario_parts import (
 from fedtrust.scenario_sweep import Attack, ClaimSpec, SweepSpec, attacks, expand_shares
 
 __all__ = [
-    "AttackerSpec", "Cell", "ClaimSpec", "ClientsSpec", "DataSpec", "EngineSpec", "Origin", "ProbeSpec", "Ref", "Scenario", "StrategySpec",
+    "AttackerSpec", "Cell", "ClaimSpec", "ClientsSpec", "DataSpec", "EngineSpec", "MaliciousServerSpec", "Origin", "ProbeSpec", "Ref", "Scenario", "StrategySpec",
     "SweepSpec", "TrainSpec", "check", "load", "parse", "schema",
 ]  # fmt: skip
 
@@ -71,7 +72,7 @@ class Scenario(Spec):
         description: what to look at.
         rounds: how many.
         seed: of every random draw.
-        data, model, clients, attackers, strategy, probes, engine, sweep: its parts.
+        data, model, clients, attackers, strategy, malicious_server, probes, engine, sweep: its parts.
         claims: what somebody says will come out of the matrix.
     """
 
@@ -85,6 +86,7 @@ class Scenario(Spec):
     clients: ClientsSpec
     attackers: list[AttackerSpec] = Field(default_factory=list)
     strategy: StrategySpec = StrategySpec()
+    malicious_server: MaliciousServerSpec | None = None
     probes: list[Ref] = Field(default_factory=list)
     engine: EngineSpec = EngineSpec()
     sweep: SweepSpec | None = None

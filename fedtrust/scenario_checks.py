@@ -13,7 +13,7 @@ from fedtrust.client import KNOWLEDGE, Knowledge
 from fedtrust.errors import InputError
 from fedtrust.registry import REGISTRY, Entry, Kind, dotted
 from fedtrust.repairs import RepairFacts, refusal
-from fedtrust.scenario import AttackerSpec, ClientsSpec, DataSpec, Origin, Ref, Scenario, StrategySpec, TrainSpec
+from fedtrust.scenario import AttackerSpec, ClientsSpec, DataSpec, MaliciousServerSpec, Origin, Ref, Scenario, StrategySpec, TrainSpec
 from fedtrust.scenario_toml import value
 from fedtrust.server import PipelineFacts, assumed_count
 
@@ -59,6 +59,7 @@ def resolve(scenario: Scenario, origin: Origin) -> Scenario:
         "attackers": checked_attackers(scenario.attackers, "attackers", scenario, origin),
         "strategy": checked_strategy(scenario.strategy, "strategy", clients, origin, works=scenario_cells.base_works(scenario.sweep)),
         "probes": _probes(scenario, data, origin),
+        "malicious_server": _server(scenario, origin),
     }
     resolved = scenario.model_copy(update=updates)
     return scenario_cells.resolve(resolved, origin)
@@ -150,18 +151,18 @@ def _clients(clients: ClientsSpec, data: DataSpec, origin: Origin) -> ClientsSpe
 def _train(train: TrainSpec, data: DataSpec, origin: Origin) -> TrainSpec:
     entry = _entry("optimiser", train.optimiser, "clients.train.optimiser", origin)
     params = _checked(entry, train.optimiser_params, "clients.train")
-    loss = train.loss or Ref(name="mse" if _regression(data, origin) else "cross-entropy")
+    loss = train.loss or Ref(name="mse" if _task(data, origin) == "regression" else "cross-entropy")
     return train.model_copy(update={"optimiser_params": params, "loss": checked_ref(loss, "loss", "clients.train.loss", origin)})
 
 
-def _regression(data: DataSpec, origin: Origin) -> bool:
-    """Return whether the task is a regression; data in outside files are not read for it."""
+def _task(data: DataSpec, origin: Origin) -> str:
+    """Return the kind of task; data in outside files are not read for it."""
     entry = _entry("source", data.source.name, "data.source", origin)
     if "task" in entry.meta or "root" in entry.schema.model_fields:
-        return bool(entry.meta.get("task") == "regression")
+        return str(entry.meta.get("task", "classification"))
     from fedtrust.data.build import load
 
-    return load(data.source.name, data.source.params).task.kind == "regression"
+    return load(data.source.name, data.source.params).task.kind
 
 
 def checked_attackers(groups: list[AttackerSpec], where: str, scenario: Scenario, origin: Origin) -> list[AttackerSpec]:
@@ -293,14 +294,29 @@ def _needs(strategy: StrategySpec, where: str, clients: ClientsSpec) -> None:
             n = rows(facts)
 
 
+def _server(scenario: Scenario, origin: Origin) -> MaliciousServerSpec | None:
+    """Return the malicious server with its parameters written out."""
+    spec = scenario.malicious_server
+    if spec is None:
+        return None
+    if scenario.strategy.aggregator.name.startswith("flwr:"):
+        raise InputError("a stock Flower strategy sends what it wants to; use a pipeline of fedtrust's own", "malicious_server")
+    if spec.rounds is not None and not 1 <= spec.rounds[0] <= spec.rounds[1] <= scenario.rounds:
+        raise InputError(
+            f"should be [first, last] with 1 <= first <= last <= {scenario.rounds} (got {list(spec.rounds)})", "malicious_server.rounds"
+        )
+    entry = _entry("sender", spec.sender, "malicious_server.sender", origin)
+    return spec.model_copy(update={"params": _checked(entry, spec.params, "malicious_server.params")})
+
+
 def _probes(scenario: Scenario, data: DataSpec, origin: Origin) -> list[Ref]:
     probes = scenario.probes
     if not probes:
         sweeps = scenario.sweep.attackers.values() if scenario.sweep is not None else ()
         attacked = bool(scenario.attackers) or any(sweeps)
-        regression = _regression(data, origin)
-        probes = [Ref(name="loss" if regression else "accuracy")]
-        probes += [Ref(name="attack-success")] if attacked and not regression else []
+        kind = _task(data, origin)
+        probes = [Ref(name="loss" if kind == "regression" else "accuracy")]
+        probes += [Ref(name="attack-success")] if attacked and kind == "classification" else []
     names = [probe.name for probe in probes]
     for index, name in enumerate(names):
         if name in names[:index]:

@@ -89,7 +89,8 @@ def _place(where: str, label: str) -> str:
 
 def _describe(scenario: Scenario, data: FederatedData) -> str:
     shape = "×".join(map(str, data.task.shape))
-    what = f"{data.task.classes} classes" if data.task.kind == "classification" else "regression"
+    counted = {"classification": f"{data.task.classes} classes", "characters": f"{data.task.classes} different characters"}
+    what = counted.get(data.task.kind, data.task.kind)
     return f"source '{scenario.data.source.name}': {len(data.x)} training and {len(data.x_test)} test samples of {shape}, {what}"
 
 
@@ -112,14 +113,15 @@ def _fits(scenario: Scenario, data: FederatedData, facts: list[str]) -> nn.Modul
     tasks = REGISTRY.get("loss", loss.name).meta.get("tasks")
     if tasks is not None and task.kind not in tasks:
         raise InputError(
-            f"'{loss.name}' is for {' and '.join(tasks)}; '{scenario.data.source.name}' is a {task.kind}", "clients.train.loss"
+            f"'{loss.name}' is for {' and '.join(tasks)}; '{scenario.data.source.name}' is {task.called}", "clients.train.loss"
         )
     module = _module(scenario, data)
     facts.append(f"model '{scenario.model.name}': {sum(p.numel() for p in module.parameters()):,} parameters")
     for index, probe in enumerate(scenario.probes):
         wanted = REGISTRY.get("probe", probe.name).meta.get("task")
-        if wanted is not None and wanted != task.kind:
-            raise InputError(f"'{probe.name}' measures a {wanted}; '{scenario.data.source.name}' is a {task.kind}", f"probes[{index}]")
+        if wanted is not None and task.kind not in ((wanted,) if isinstance(wanted, str) else wanted):
+            suited = wanted if isinstance(wanted, str) else " or ".join(wanted)
+            raise InputError(f"'{probe.name}' measures a {suited}; '{scenario.data.source.name}' is {task.called}", f"probes[{index}]")
     for place, name, params in behaviours(scenario):
         _suits(place, name, params, task)
     _mends(scenario, task, Layout.of(module))
@@ -159,8 +161,9 @@ def _module(scenario: Scenario, data: FederatedData) -> nn.Module:
         raise error.at("model") from None
     except (RuntimeError, ValueError, TypeError) as error:
         raise InputError(f"'{name}' does not take samples of shape {list(task.shape)}: {error}", "model") from None
-    if output.shape != (len(data.x[:2]), task.classes):
-        raise InputError(f"'{name}' returns {list(output.shape)} for two samples, not [2, {task.classes}]", "model")
+    wanted = [len(data.x[:2]), *(task.shape if task.kind == "characters" else ()), task.classes]
+    if list(output.shape) != wanted:
+        raise InputError(f"'{name}' returns {list(output.shape)} for two samples, not {wanted}", "model")
     try:
         value = REGISTRY.make("loss", loss.name, loss.params)(output, data.y[:2])
     except (RuntimeError, ValueError, TypeError, IndexError) as error:

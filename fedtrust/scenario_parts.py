@@ -309,6 +309,25 @@ class AttackerSpec(Spec):
         return int((self.share or 0.0) * clients + 0.5)
 
 
+class MaliciousServerSpec(Spec):
+    """A server that sends its clients something else than the model.
+
+    Attributes:
+        sender: what it sends.
+        params: the sender's parameters.
+        rounds: the first and the last round in which it does so; `None`: all.
+    """
+
+    sender: str = Field(min_length=1)
+    params: dict[str, Any] = {}
+    rounds: Annotated[tuple[int, int], BeforeValidator(_pair)] | None = None
+
+    @classmethod
+    def hint(cls, key: str) -> str:
+        """Say where a sender's parameters go."""
+        return "; parameters of the sender go into `params`"
+
+
 def _assumed(given: Any) -> Any:
     if isinstance(given, bool) or not isinstance(given, int | float):
         raise PydanticCustomError("assumed", "should be a share in [0, 1) or a count, not {got}", {"got": repr(given)})

@@ -32,10 +32,17 @@ def build() -> Json:
     parts["StrategySpec"]["properties"] |= {"filters": _many("filter"), "steps": _many("step"), "repairs": _many("repair")}
     _train(parts["TrainSpec"])
     _attacker(parts["AttackerSpec"])
+    _sender(parts["MaliciousServerSpec"])
     _sweep(parts["SweepSpec"])
     _claim(parts)
     _profiles(made)
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **made, "title": "fedtrust scenario"}
+
+
+def _sender(part: Json) -> None:
+    """Name the senders, each with its parameters."""
+    entries = [e for e in REGISTRY if e.kind == "sender" and ":" not in e.name]
+    part["properties"]["sender"] = {"anyOf": [{"enum": [e.name for e in entries]}, _PLUGIN]}
 
 
 def component(kind: Kind) -> Json:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,17 +13,20 @@ from fedtrust import plugins
 from fedtrust.client import Behaviour, ClientMemory, capabilities, overrides
 from fedtrust.data.base import FederatedData, Task
 from fedtrust.data.build import build as build_data
-from fedtrust.engine import flower
+from fedtrust.engine import flower, seeds
 from fedtrust.engine.roster import Group, Roster, recruit, recruits
 from fedtrust.engine.world import World
 from fedtrust.errors import InputError
 from fedtrust.models.build import build as build_model
 from fedtrust.probes.base import Goal, Probe
+from fedtrust.probes.membership_game import MembershipGame, draw
 from fedtrust.registry import REGISTRY, Entry, Kind
 from fedtrust.repairs import Repair, RepairFacts, refusal
 from fedtrust.scenario import AttackerSpec, Ref, Scenario
+from fedtrust.sending import MaliciousServer, Recipe, SendContext
 from fedtrust.server import Pipeline, Stage, assumed_count
 from fedtrust.strategy import FedTrustStrategy
+from fedtrust.views import simulated
 
 STOCK = "flwr:"
 
@@ -58,6 +61,8 @@ class Setup:
         probes: what is measured.
         goals: what the adversaries want, on test samples.
         repairs: what the server does to the model after the last round.
+        recipe: how clients train; public.
+        game: the candidates of membership inference, where somebody asks for them.
     """
 
     scenario: Scenario
@@ -69,6 +74,8 @@ class Setup:
     probes: tuple[BoundProbe, ...]
     goals: tuple[Goal, ...]
     repairs: tuple[BoundRepair, ...] = ()
+    recipe: Recipe | None = None
+    game: MembershipGame | None = None
 
 
 def entry_of(kind: Kind, name: str, scenario: Scenario) -> Entry:
@@ -99,9 +106,64 @@ def build(scenario: Scenario) -> Setup:
     name = scenario.strategy.aggregator.name
     stock = name.startswith(STOCK)
     spec = scenario.strategy
-    strategy = _stock(scenario) if stock else FedTrustStrategy(_pipeline(scenario), world, spec.assumed_malicious, scenario.rounds)
     probes = tuple(BoundProbe(entry_of("probe", ref.name, scenario), make("probe", ref, scenario)) for ref in scenario.probes)
-    return Setup(scenario, world, params, roster, strategy, stock, probes, _goals(roster, data), _repairs(scenario, world))
+    recipe, game = _recipe(scenario, world), _game(scenario, roster, data, probes)
+    malice = _malice(scenario, world, recipe, game)
+    strategy = _stock(scenario) if stock else FedTrustStrategy(_pipeline(scenario), world, spec.assumed_malicious, scenario.rounds, malice)
+    repairs = _repairs(scenario, world)
+    return Setup(scenario, world, params, roster, strategy, stock, probes, _goals(roster, data), repairs, recipe, game)
+
+
+def _recipe(scenario: Scenario, world: World) -> Recipe:
+    train = scenario.clients.train
+    loss = train.loss.name if train.loss is not None else ""
+    return Recipe(train.optimiser, train.lr, world.batch_size, train.epochs, loss, dict(train.optimiser_params))
+
+
+def _game(scenario: Scenario, roster: Roster, data: FederatedData, probes: Sequence[BoundProbe]) -> MembershipGame | None:
+    """Draw the candidates of membership inference, if a probe or a sender asks for them or for a population."""
+    metas = [probe.entry.meta for probe in probes]
+    if scenario.malicious_server is not None:
+        metas.append(entry_of("sender", scenario.malicious_server.sender, scenario).meta)
+    if not any(simulated(meta) for meta in metas):
+        return None
+    malicious = roster.malicious()
+    return draw(data, [c for c in range(roster.count) if c not in malicious], scenario.seed)
+
+
+def _malice(
+    scenario: Scenario, world: World, recipe: Recipe, game: MembershipGame | None
+) -> Callable[[torch.Tensor, int, tuple[int, ...]], dict[int, torch.Tensor]] | None:
+    """Return what a malicious server sends, or `None` for an honest one."""
+    spec = scenario.malicious_server
+    if spec is None:
+        return None
+    entry = entry_of("sender", spec.sender, scenario)
+    server = MaliciousServer(spec.sender, entry.make(spec.params), spec.rounds or (1, scenario.rounds))
+    grants = simulated(entry.meta)
+
+    def malice(params: torch.Tensor, number: int, clients: tuple[int, ...]) -> dict[int, torch.Tensor]:
+        context = SendContext(
+            round=number,
+            clients=clients,
+            examples={c: world.examples(c) for c in clients},
+            layout=world.layout,
+            task=world.data.task,
+            model=world.model,
+            criterion=world.criterion,
+            recipe=recipe,
+            rng=seeds.torch_stream(scenario.seed, "sender", number),
+            root=world.data.root,
+            candidates=(game.x.clone(), game.y.clone()) if game is not None and "candidates" in grants else None,
+            population=_clones(game.population) if game is not None and "population" in grants else None,
+        )
+        return server.models(params, context)
+
+    return malice
+
+
+def _clones(pair: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    return pair[0].clone(), pair[1].clone()
 
 
 def _repairs(scenario: Scenario, world: World) -> tuple[BoundRepair, ...]:
@@ -189,7 +251,8 @@ def _pipeline(scenario: Scenario) -> Pipeline:
 def _stage(kind: Kind, place: str, ref: Ref, scenario: Scenario) -> Stage:
     meta = entry_of(kind, ref.name, scenario).meta
     rowwise = meta.get("rowwise")
-    return Stage(place, ref.name, make(kind, ref, scenario), meta.get("linear"), rowwise is not None and bool(rowwise(ref.params)))
+    alone = rowwise is not None and bool(rowwise(ref.params))
+    return Stage(place, ref.name, make(kind, ref, scenario), meta.get("linear"), alone, bool(meta.get("hides")))
 
 
 def _stock(scenario: Scenario) -> Strategy:
@@ -285,7 +348,7 @@ def threat_cards(setup: Setup) -> list[dict[str, Any]]:
                 "share": len(group.members) / setup.roster.count,
                 "rounds": list(group.rounds),
                 "goal": next((_wanted(goal) for goal in setup.goals if goal.name == group.name), ""),
-                "params": _plain(spec.params),
+                "params": plain(spec.params),
             }
         )
     return cards
@@ -299,5 +362,6 @@ def _wanted(goal: Goal) -> str:
     return f"{what} go to class {labels[0]}" if len(labels) == 1 else f"{what} go to the attacker's wrong classes"
 
 
-def _plain(params: Mapping[str, Any]) -> dict[str, Any]:
+def plain(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Return parameters as a record may hold them."""
     return {k: v if isinstance(v, str | int | float | bool | list) else str(v) for k, v in params.items() if v is not None}

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
@@ -27,9 +28,17 @@ class FedTrustStrategy(Strategy):
     Attributes:
         states: what the components carry from round to round, by place (saved in the checkpoint).
         outcome: what the pipeline made of the last round; `None` before the first.
+        sent: client → the model that it was sent this round [d].
     """
 
-    def __init__(self, pipeline: Pipeline, world: World, assumed_malicious: float, rounds: int = 0) -> None:
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        world: World,
+        assumed_malicious: float,
+        rounds: int = 0,
+        malice: Callable[[Tensor, int, tuple[int, ...]], dict[int, Tensor]] | None = None,
+    ) -> None:
         """Make the strategy.
 
         Args:
@@ -37,6 +46,7 @@ class FedTrustStrategy(Strategy):
             world: the run; the strategy uses only what a server knows: architecture, recipe, registered sample counts, its own root set.
             assumed_malicious: the share (or, as an int, the number) of updates that the defender assumes malicious.
             rounds: how many rounds are planned; 0: the components are not told.
+            malice: what a malicious server sends: from the true model [d], the round and whom it asks to client → model [d].
         """
         self._pipeline = pipeline
         self._assumed = assumed_malicious
@@ -45,15 +55,23 @@ class FedTrustStrategy(Strategy):
         self._registered = {client: world.examples(client) for client in range(len(world.data.parts))}
         self._seed, self._world, self._rounds = world.seed, world, rounds
         self._params: Tensor | None = None
+        self._malice = malice
         self.states: dict[str, State] = {}
         self.outcome: Outcome | None = None
+        self.sent: dict[int, Tensor] = {}
 
     def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
         """Ask every client that can be reached to train the global model."""
         self._params = flower.to_flat(arrays, self._layout)
         config["server-round"] = server_round
-        content = RecordDict({flower.ARRAYS: arrays, flower.CONFIG: config})
-        return [flower.Instruction(content, client) for client in grid.get_node_ids()]
+        asked = tuple(grid.get_node_ids())
+        self.sent = dict.fromkeys(asked, self._params) if self._malice is None else self._malice(self._params, server_round, asked)
+        records: dict[int, RecordDict] = {}  # by model: messages that carry the same share one content
+        for model in self.sent.values():
+            if id(model) not in records:
+                record = arrays if model is self._params else flower.FlatRecord(model, self._layout)
+                records[id(model)] = RecordDict({flower.ARRAYS: record, flower.CONFIG: config})
+        return [flower.Instruction(records[id(self.sent[client])], client) for client in asked]
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Run the pipeline over the replies, one row a client, sorted by client.
@@ -66,15 +84,24 @@ class FedTrustStrategy(Strategy):
             return None, None
         clients = tuple(flower.sender(m) for m in messages)
         weights = torch.tensor([float(self._registered[c]) for c in clients])
-        ctx = self._context(server_round, self._params, weights, clients)
+        ctx = self._context(server_round, self._params, weights, clients, asked=len(self.sent))
         added = next((m.added for m in messages if isinstance(m, flower.CohortReply) and m.added is not None), None)
         if added is None:
-            updates = torch.stack([flower.update(m, self._params, self._layout) for m in messages])
+            updates = torch.stack([self.update(m) for m in messages])
             self.outcome = self._pipeline(updates, ctx, self.states, self._rngs(server_round))
         else:
             self.outcome = self._add_up(messages, added, ctx)
         self.states = self.outcome.states
         return flower.FlatRecord(self._params + self.outcome.delta, self._layout), MetricRecord()
+
+    def update(self, message: Message) -> Tensor:
+        """Return the update [d] in a valid reply, relative to what its client was sent."""
+        return flower.update(message, self.sent[flower.sender(message)], self._layout)
+
+    @property
+    def hides(self) -> bool:
+        """Whether the server sees no single client's update."""
+        return self._pipeline.hides
 
     @property
     def sums(self) -> Sums | None:
@@ -92,7 +119,7 @@ class FedTrustStrategy(Strategy):
         total, trust, bound = added.total, dict(added.trust or {}), added.bound
         if single:
             own = tuple(flower.sender(m) for m in single)
-            rows = torch.stack([flower.update(m, ctx.params, self._layout) for m in single])
+            rows = torch.stack([self.update(m) for m in single])
             here = self._context(ctx.round, ctx.params, sums.weights([self._registered[c] for c in own]), ())
             rows, found, bound = through(sums.filters, rows, here)
             total = total + here.weights @ rows
@@ -111,12 +138,17 @@ class FedTrustStrategy(Strategy):
         """
 
         def defence(updates: Tensor) -> Tensor:
-            ctx = self._context(server_round, params, torch.ones(len(updates)), ())
+            ctx = self._context(server_round, params, torch.ones(len(updates)), (), asked=len(updates), private="guessed")
             return self._pipeline(updates.clone(), ctx, self.states, self._rngs(server_round)).delta
 
         return defence
 
-    def _context(self, server_round: int, params: Tensor, weights: Tensor, clients: tuple[int, ...]) -> AggContext:
+    def _context(
+        self, server_round: int, params: Tensor, weights: Tensor, clients: tuple[int, ...], *, asked: int = 0, private: str = "private"
+    ) -> AggContext:
+        def private_stream(purpose: str, *counters: int) -> np.random.Generator:
+            return seeds.stream(self._seed, f"{private}/{purpose}", server_round, *counters)
+
         return AggContext(
             params=params,
             weights=weights,
@@ -131,6 +163,8 @@ class FedTrustStrategy(Strategy):
             rng=self._rng("", server_round),
             train=own_training(self._world, params, server_round),
             rounds=self._rounds,
+            asked=asked,
+            private=private_stream,
         )
 
     def _rng(self, place: str, server_round: int) -> torch.Generator:

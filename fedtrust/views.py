@@ -159,16 +159,25 @@ def crafting_view(
 
 #: What each observer of the global model sees beside the task and the answers to its queries.
 PROBE_GRANTS: dict[str, frozenset[str]] = {
-    "teacher": frozenset({"params", "model", "clients", "updates", "trust", "test", "data", "truth", "history"}),
-    "curious-server": frozenset({"params", "model", "clients", "updates", "trust"}),
+    "teacher": frozenset(
+        {"params", "model", "clients", "updates", "trust", "test", "data", "truth", "history", "sent", "examples", "candidates"}
+        | {"population", "member"}
+    ),
+    "curious-server": frozenset({"params", "model", "clients", "updates", "trust", "sent", "examples"}),
     "user": frozenset(),
 }
 #: What everybody has; a field in neither list is nobody's.
-_PUBLIC = frozenset({"round", "final", "task", "query", "rng", "criterion"})
+_PUBLIC = frozenset({"round", "final", "task", "query", "rng", "criterion", "layout", "recipe", "shadow"})
 
 
-def probe_view(role: str, full: ProbeContext) -> ProbeContext:
-    """Return the context with everything blanked that the role is not granted."""
-    hidden = {field.name for field in dataclasses.fields(full)} - PROBE_GRANTS[role] - _PUBLIC
+def simulated(meta: Mapping[str, Any]) -> frozenset[str]:
+    """Return the fields of simulated knowledge that a probe or a sender asks for in its registration."""
+    asked = {"candidates"} if meta.get("asks") == "membership" else set()
+    return frozenset(asked | ({"population"} if meta.get("population") else set()))
+
+
+def probe_view(role: str, full: ProbeContext, meta: Mapping[str, Any] | None = None) -> ProbeContext:
+    """Return the context with everything blanked that the role is not granted, nor asked for as simulated knowledge in its `meta`."""
+    hidden = {field.name for field in dataclasses.fields(full)} - PROBE_GRANTS[role] - _PUBLIC - simulated(meta or {})
     blank: dict[str, Any] = {name: () if name == "clients" else None for name in hidden}
     return dataclasses.replace(full, **blank)

@@ -63,6 +63,7 @@ def written() -> str:
         "aggregator": "Aggregators",
         "step": "Steps: what is done to the aggregate",
         "repair": "Repairs: what the server does to the model after the last round",
+        "sender": "What a malicious server sends",
         "loss": "Losses",
     }
     for kind, title in titles.items():
@@ -83,7 +84,7 @@ def test_the_document_is_the_registrys() -> None:
 
 def test_every_attack_and_defence_says_what_it_does_and_where_it_comes_from() -> None:
     for entry in REGISTRY:
-        if entry.plugin or entry.kind not in ("behaviour", "filter", "aggregator", "step", "repair", "loss"):
+        if entry.plugin or entry.kind not in ("behaviour", "filter", "aggregator", "step", "repair", "sender", "loss"):
             continue
         assert entry.summary.endswith((".", ")")), f"{entry.name}: {entry.summary}"
         if entry.name not in ("mean", "malformed"):

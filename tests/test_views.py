@@ -187,10 +187,11 @@ def test_a_vandal_in_the_chunk_does_not_change_where_the_honest_start() -> None:
 
 
 #: What every observer of the global model has, and what each role sees beside it.
-EVERYBODY = {"round", "final", "task", "query", "rng", "criterion"}
+EVERYBODY = {"round", "final", "task", "query", "rng", "criterion", "layout", "recipe", "shadow"}
+SERVER = {"params", "model", "clients", "updates", "trust", "sent", "examples"}
 SEES = {
-    "teacher": {"params", "model", "clients", "updates", "trust", "test", "data", "truth", "history"},
-    "curious-server": {"params", "model", "clients", "updates", "trust"},
+    "teacher": SERVER | {"test", "data", "truth", "history", "candidates", "population", "member"},
+    "curious-server": SERVER,
     "user": set(),
 }
 
@@ -215,6 +216,14 @@ def test_a_probe_sees_what_its_role_may_and_nothing_else(role: str, field: str) 
         assert seen is getattr(context, field)
     else:
         assert seen == () if field == "clients" else seen is None
+
+
+@pytest.mark.parametrize("role", ["curious-server", "user"])
+def test_simulated_knowledge_is_seen_only_by_who_asks_for_it(role: str) -> None:
+    context = full()
+    for meta, more in (({"asks": "membership"}, {"candidates"}), ({"population": True}, {"population"}), ({"population": False}, set())):
+        seen = views.probe_view(role, context, meta)
+        assert {f for f in ("candidates", "population", "member", "test", "truth") if getattr(seen, f) is not None} == more
 
 
 def test_what_the_teacher_has_computed_does_not_reach_the_others() -> None:

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Generator, Tensor
 
 from fedtrust.data.base import FederatedData, Task
+from fedtrust.layout import Layout
 from fedtrust.models.architecture import Architecture
+from fedtrust.probes.guesses import Guess
 from fedtrust.registry import register
+from fedtrust.sending import Recipe
+
+if TYPE_CHECKING:
+    from fedtrust.engine.shadow import Shadow
 
 Role = Literal["teacher", "curious-server", "user"]
 When = Literal["round", "end"]
@@ -83,6 +89,14 @@ class ProbeContext:
         criterion: the loss of the protocol, (output, y) → scalar.
         rng: the probe's own randomness.
         history: what was measured so far, by round from 0, this one not yet.
+        layout: where each layer lies in [d]; public.
+        recipe: how clients train; public.
+        shadow: trains models of the observer's own; see `fedtrust.engine.shadow.Shadow`.
+        sent: client → the model it was sent this round [d].
+        examples: client → the number of samples it registered with the server.
+        candidates: samples whose membership is asked (x [q, *shape], y [q]); only for a probe registered with `asks="membership"`.
+        population: samples of the observer's own like the clients' (x, y); only for a probe registered with `population=True`.
+        member: which candidates are members [q], bool; the teacher's.
     """
 
     round: int
@@ -100,6 +114,14 @@ class ProbeContext:
     data: FederatedData | None = None
     truth: Truth | None = None
     history: tuple[Mapping[str, float], ...] | None = None
+    layout: Layout | None = None
+    recipe: Recipe | None = None
+    shadow: Shadow | None = None
+    sent: Mapping[int, Tensor] | None = None
+    examples: Mapping[int, int] | None = None
+    candidates: tuple[Tensor, Tensor] | None = None
+    population: tuple[Tensor, Tensor] | None = None
+    member: Tensor | None = None
 
     @property
     def test_output(self) -> Tensor:
@@ -111,20 +133,23 @@ class ProbeContext:
         return self.query(need(self.test, "the test samples")[0])
 
 
-Result = Mapping[str, float | Artefact]
+Result = Mapping[str, float | Artefact | Guess]
 Probe = Callable[[ProbeContext], Result]
 
 
 def probe(name: str, *, role: Role = "teacher", when: When = "round", paper: str = "", **meta: Any) -> Callable[[Any], Any]:
-    """Register a probe `(ctx, *, parameters) -> {metric: number or Artefact}`.
+    """Register a probe `(ctx, *, parameters) -> {metric: number, Artefact or Guess}`.
+
+    A guess is what an adversary believes; it is scored by somebody who knows the truth (`fedtrust.probes.guesses`).
 
     Args:
         name: its name in a scenario.
         role: who looks; decides what `ctx` holds.
         when: after every round, or at the end.
         paper: authors, venue, section.
-        meta: further declarations. `task="classification"` refuses a regression; `updates=True` asks for `ctx.updates`, which are
-            gathered only for a probe that looks at them (a curious server always does).
+        meta: further declarations. `task="classification"` refuses other tasks (a tuple names all that suit); `updates=True` asks for
+            `ctx.updates`, which are gathered only for a probe that looks at them (a curious server always does). `asks="membership"` grants `ctx.candidates`,
+            `population=True` grants `ctx.population`: simulated knowledge, which stands in the threat card.
     """
     return register("probe", name, role=role, when=when, paper=paper, **meta)
 

@@ -119,6 +119,7 @@ class RunSummary(_Record):
     seconds: Number = None
     engine: Text = ""
     threats: Threats = []
+    observers: Threats = []
     federation: Annotated[Federation, _or_empty(dict)] = Federation()
     assumed_malicious: Number = None
     trust_mean: Metrics = {}
@@ -184,6 +185,7 @@ class MatrixSummary(_Record):
     axes: Annotated[Axes, _or_empty(dict)] = Axes()
     cells: Annotated[list[Cell], _or_empty(list)] = []
     threats: Annotated[dict[str, Threats], _or_empty(dict)] = {}
+    observers: Threats = []
     warnings: Texts = []
 
     def model_post_init(self, context: object) -> None:

@@ -10,7 +10,19 @@ from fedtrust.report.curves import matrix_panels
 from fedtrust.report.figures import holdings, trust_strip, trust_words
 from fedtrust.report.heat import heat_maps
 from fedtrust.report.load import Axes, Cell, Matrix, Threat
-from fedtrust.report.parts import STATUS_WORDS, Budget, artefact, cell_name, duration, metric_title, population, shown, threat_card, trouble
+from fedtrust.report.parts import (
+    STATUS_WORDS,
+    Budget,
+    artefact,
+    cell_name,
+    duration,
+    metric_title,
+    observer_groups,
+    population,
+    shown,
+    threat_card,
+    trouble,
+)
 from fedtrust.report.run_page import clients_of, common, skew_note
 
 _MOST_CELLS, _MOST_STRIPS, _MOST_METRICS = 400, 60, 10
@@ -44,7 +56,7 @@ def matrix_page(matrix: Matrix) -> dict[str, Any]:
         "curves_note": curves.note("panels") + (" Bands: lowest to highest seed." if len(axes.seeds) > 1 else ""),
         "clients": _matrix_clients(matrix),
         "artefacts": _matrix_artefacts(matrix),
-        "threats": _matrix_threats(matrix),
+        "threats": [*_matrix_threats(matrix), *observer_groups(matrix.summary.observers)],
         "faults": _matrix_faults(matrix),
         "cells": _cell_table(summary.cells, axes),
     }

@@ -113,7 +113,7 @@ def threat_card(threat: Threat, clients: int, assumed: float | None, malicious: 
             "Knows",
             {"own": "only its own data and update", "coalition": "what the other adversaries know"}.get(threat.knowledge, threat.knowledge),
         ),
-        ("Can change", listed(threat.capability)),
+        ("Does" if threat.share is None and not threat.clients else "Can change", listed(threat.capability)),
         ("Share", f"{who}{share}" if threat.clients else _share(threat.share) if threat.share is not None else ""),
         ("Clients", ids),
         ("Rounds", _span(threat.rounds)),
@@ -121,6 +121,12 @@ def threat_card(threat: Threat, clients: int, assumed: float | None, malicious: 
         ("Defender", defender(assumed, malicious, clients)),
     ]
     return {"name": threat.behaviour, "summary": threat.summary, "paper": linked(threat.paper), "facts": [(k, v) for k, v in facts if v]}
+
+
+def observer_groups(observers: Sequence[Threat]) -> list[dict[str, Any]]:
+    """Lay out those who attack without being clients; nothing where there is nobody."""
+    cards = [threat_card(observer, 0, None, 0) for observer in observers]
+    return [{"title": "Beside the clients", "cards": cards}] if cards else []
 
 
 def defender(assumed: float | None, malicious: int, clients: int) -> str:

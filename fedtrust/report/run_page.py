@@ -17,6 +17,7 @@ from fedtrust.report.parts import (
     duration,
     environment,
     metric_title,
+    observer_groups,
     population,
     scenario,
     shown,
@@ -77,7 +78,7 @@ def run_page(run: Run) -> dict[str, Any]:
         "more_curves": more,
         "clients": _run_clients(run, clients),
         "artefacts": [artefact(raw, pictures) for raw in run.artefacts[:40]],
-        "threats": [{"title": "", "cards": cards}] if cards else [],
+        "threats": [*([{"title": "", "cards": cards}] if cards else []), *observer_groups(summary.observers)],
         "faults": [{"title": "", "trouble": bad}] if bad.dropped or bad.missed else [],
         "sha256": summary.model_sha256,
     }

@@ -1,0 +1,117 @@
+"""What an adversary has found out, as values; a teacher who knows the truth scores them.
+
+A probe that plays an adversary returns guesses in place of numbers, and a behaviour that extracts something returns them from `claim`.
+Neither sees the truth: the scorer of the guess's type does, and its metrics and artefacts are recorded under the guess's name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from fedtrust.probes.base import Artefact, ProbeContext
+
+
+class Guess:
+    """Base of everything that can be scored."""
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """Samples that somebody believes a client trained on.
+
+    Attributes:
+        client: whose they are; `None` where the adversary cannot tell (he saw a sum).
+        x: the samples [b, *shape].
+        y: their labels [b], if he has an idea.
+    """
+
+    client: int | None
+    x: Tensor
+    y: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Reconstructions(Guess):
+    """Reconstructed samples, scored against what the clients trained on."""
+
+    items: tuple[Reconstruction, ...]
+
+
+@dataclass(frozen=True)
+class LabelCounts(Guess):
+    """Client → how many samples of each class it is believed to have trained on [C]."""
+
+    counts: Mapping[int, Tensor]
+
+
+@dataclass(frozen=True)
+class Membership(Guess):
+    """One score a candidate [q]; the higher, the more likely it was trained on."""
+
+    scores: Tensor
+
+
+@dataclass(frozen=True)
+class Property(Guess):
+    """Client → how likely its data have a property, by the property's name."""
+
+    name: str
+    scores: Mapping[int, float]
+
+
+@dataclass(frozen=True)
+class Prototype(Guess):
+    """What a class, or the one client that holds it, looks like: samples x [b, *shape]."""
+
+    label: int
+    x: Tensor
+
+
+@dataclass(frozen=True)
+class Copy(Guess):
+    """A stolen model: x [n, *shape] → output [n, C], made with so many queries (samples answered)."""
+
+    predict: Callable[[Tensor], Tensor]
+    queries: int
+
+
+Scorer = Callable[[Any, "ProbeContext", "ProbeContext"], Mapping[str, "float | Artefact"]]
+ScorerType = TypeVar("ScorerType", bound=Scorer)
+
+_SCORERS: dict[type[Guess], Scorer] = {}
+
+
+def scorer(kind: type[Guess]) -> Callable[[ScorerType], ScorerType]:
+    """Register how guesses of a type are scored: `(guess, full, seen) -> {name: number or Artefact}`.
+
+    `full` is the teacher's context, `seen` the one that the adversary had.
+    """
+
+    def decorate(function: ScorerType) -> ScorerType:
+        other = _SCORERS.get(kind)
+        if other is not None and (other.__module__, other.__qualname__) != (function.__module__, function.__qualname__):
+            raise ValueError(f"{kind.__name__} is already scored by {other.__module__}.{other.__qualname__}")
+        _SCORERS[kind] = function
+        return function
+
+    return decorate
+
+
+def score(key: str, guess: Guess, full: ProbeContext, seen: ProbeContext) -> dict[str, float | Artefact]:
+    """Return what a guess is worth, by `key/name`; an artefact named like the guess itself, `key`, if its scorer calls it "".
+
+    Raises:
+        TypeError: nobody knows how to score it.
+    """
+    from fedtrust.registry import REGISTRY
+
+    REGISTRY.load()  # scorers register themselves where the built-in components do
+    known = _SCORERS.get(type(guess))
+    if known is None:
+        raise TypeError(f"nobody can score a {type(guess).__name__} (known: {', '.join(sorted(k.__name__ for k in _SCORERS))})")
+    return {f"{key}/{name}" if name else key: value for name, value in known(guess, full, seen).items()}

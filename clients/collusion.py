@@ -39,7 +39,7 @@ def little(seen: Tensor, z: float) -> Tensor:
     return seen.mean(0) - z * seen.std(0, correction=0)
 
 
-@behaviour("alie", knowledge="coalition", paper="Baruch et al. (A Little Is Enough), NeurIPS 2019, algorithm 3")
+@behaviour("alie", knowledge="coalition", spread=True, paper="Baruch et al. (A Little Is Enough), NeurIPS 2019, algorithm 3")
 class ALittleIsEnough(Behaviour):
     """Send the mean of the updates in view, shifted by `z` standard deviations in every coordinate.
 

@@ -67,7 +67,7 @@ def _larger_root(square: float, half: Tensor, constant: Tensor) -> Tensor:
 _SHEJWALKAR = "Shejwalkar and Houmansadr, NDSS 2021, section IV"
 
 
-@behaviour("min-max", knowledge="coalition", paper=f"{_SHEJWALKAR} and algorithm 1 (Min-Max)")
+@behaviour("min-max", knowledge="coalition", spread=True, paper=f"{_SHEJWALKAR} and algorithm 1 (Min-Max)")
 class MinMax(_Bounded):
     """Go as far as the farthest honest pair is apart: the largest distance to any benign update is at most that between two of these.
 
@@ -82,7 +82,7 @@ class MinMax(_Bounded):
         return float(_larger_root(length, along, away - gaps.max()).min()) if length else 0.0
 
 
-@behaviour("min-sum", knowledge="coalition", paper=f"{_SHEJWALKAR} and algorithm 1 (Min-Sum)")
+@behaviour("min-sum", knowledge="coalition", spread=True, paper=f"{_SHEJWALKAR} and algorithm 1 (Min-Sum)")
 class MinSum(_Bounded):
     """Go as far as the loneliest honest client is.
 
@@ -174,7 +174,10 @@ def upper_bound(gaps: Tensor, norms: Tensor, size: float, crafted: int) -> float
 
 
 @behaviour(
-    "fang-trimmed-mean", knowledge="coalition", paper="Fang, Cao, Jia and Gong, USENIX Security 2020, sections 4.3 (and 4.4: median)"
+    "fang-trimmed-mean",
+    knowledge="coalition",
+    spread=True,
+    paper="Fang, Cao, Jia and Gong, USENIX Security 2020, sections 4.3 (and 4.4: median)",
 )
 class FangTrimmedMean(Behaviour):
     """Send, in every coordinate, numbers just beyond all honest ones on the side that the model is not going to.

@@ -305,7 +305,8 @@ def behaviour(
         role: `honest` behaviours may be every client's, `malicious` ones are for `[[attackers]]`.
         knowledge: the least knowledge it can work with.
         paper: authors, venue, section.
-        meta: further declarations, kept in the registry: `targets=True`, see `View.targets`.
+        meta: further declarations, kept in the registry: `targets=True`, see `View.targets`; `spread=True` says that it works on how far
+            updates lie apart, so that one that is alone with `coalition` knowledge is refused.
 
     Raises:
         InputError: it is not a `Behaviour`, overrides no hook, or its parameters cannot be read.

@@ -13,7 +13,18 @@ from fedtrust.client import KNOWLEDGE, Knowledge
 from fedtrust.errors import InputError
 from fedtrust.registry import REGISTRY, Entry, Kind, dotted
 from fedtrust.repairs import RepairFacts, refusal
-from fedtrust.scenario import AttackerSpec, ClientsSpec, DataSpec, MaliciousServerSpec, Origin, Ref, Scenario, StrategySpec, TrainSpec
+from fedtrust.scenario import (
+    AttackerSpec,
+    ClientsSpec,
+    DataSpec,
+    MaliciousServerSpec,
+    Origin,
+    Ref,
+    ReleaseSpec,
+    Scenario,
+    StrategySpec,
+    TrainSpec,
+)
 from fedtrust.scenario_toml import value
 from fedtrust.server import PipelineFacts, assumed_count
 
@@ -60,6 +71,7 @@ def resolve(scenario: Scenario, origin: Origin) -> Scenario:
         "strategy": checked_strategy(scenario.strategy, "strategy", clients, origin, works=scenario_cells.base_works(scenario.sweep)),
         "probes": _probes(scenario, data, origin),
         "malicious_server": _server(scenario, origin),
+        "release": _release(scenario, origin),
     }
     resolved = scenario.model_copy(update=updates)
     return scenario_cells.resolve(resolved, origin)
@@ -198,6 +210,12 @@ def _attacker(group: AttackerSpec, where: str, scenario: Scenario, origin: Origi
     if KNOWLEDGE.index(knowledge) < KNOWLEDGE.index(needed):
         enough = ", ".join(KNOWLEDGE[KNOWLEDGE.index(needed) :])
         raise InputError(f"'{entry.name}' needs more than '{knowledge}' (enough: {enough})", f"{where}.knowledge")
+    if entry.meta.get("spread") and knowledge == "coalition" and group.size(scenario.clients.count) < 2:
+        raise InputError(
+            f"a single '{entry.name}' sees no update but its own, so no spread to hide in, and would send it unchanged; "
+            "let there be two, or grant knowledge = 'omniscient'",
+            where,
+        )
     if group.rounds is not None and not 1 <= group.rounds[0] <= group.rounds[1] <= scenario.rounds:
         raise InputError(
             f"should be [first, last] with 1 <= first <= last <= {scenario.rounds} (got {list(group.rounds)})", f"{where}.rounds"
@@ -275,6 +293,8 @@ def _needs(strategy: StrategySpec, where: str, clients: ClientsSpec) -> None:
     bounds = entries[len(strategy.filters) - 1].meta.get("bounds") if strategy.filters else None
     bounded = bounds is not None and bool(bounds(strategy.filters[-1].params))
     n, f = clients.cohort, assumed_count(strategy.assumed_malicious, clients.cohort)
+    alone = [entry.meta.get("rowwise") for entry in entries[: len(strategy.filters)]]
+    rowwise = tuple(said is not None and bool(said(ref.params)) for said, ref in zip(alone, strategy.filters, strict=True))
     for (_, place, ref), entry in zip(stages, entries, strict=True):
         facts = PipelineFacts(
             n=n,
@@ -285,6 +305,7 @@ def _needs(strategy: StrategySpec, where: str, clients: ClientsSpec) -> None:
             steps=tuple(r.name for r in strategy.steps),
             bounded=bounded,
             root_samples=strategy.root_samples,
+            rowwise=rowwise,
         )
         asked, rows = entry.meta.get("needs"), entry.meta.get("rows")
         reason = asked(facts) if asked is not None else None
@@ -307,6 +328,27 @@ def _server(scenario: Scenario, origin: Origin) -> MaliciousServerSpec | None:
         )
     entry = _entry("sender", spec.sender, "malicious_server.sender", origin)
     return spec.model_copy(update={"params": _checked(entry, spec.params, "malicious_server.params")})
+
+
+def _release(scenario: Scenario, origin: Origin) -> ReleaseSpec:
+    """Return the terms of the release with every parameter written out, if its defences have something to work on."""
+    spec = scenario.release
+    done: list[Ref] = []
+    for index, given in enumerate(spec.defences):
+        place = f"release.defences[{index}]"
+        if spec.answers == "logits":
+            raise InputError(f"'{given.name}' works on probabilities; set release.answers to 'probabilities' or 'label'", place)
+        if given.name in [other.name for other in done]:
+            raise InputError(f"'{given.name}' stands there twice", place)
+        if spec.answers == "label" and _entry("answer", given.name, place, origin).meta.get("label") is False:
+            raise InputError(f"'{given.name}' would do nothing: users are told the label alone", place)
+        done.append(checked_ref(given, "answer", place, origin))
+    for index, probe in enumerate(scenario.probes):
+        asked = probe.params.get("queries")
+        most = max(asked, default=0) if isinstance(asked, list) else asked
+        if spec.queries is not None and isinstance(most, int) and most > spec.queries:
+            raise InputError(f"a user may ask {spec.queries} (release.queries), not {most}", f"probes[{index}].queries")
+    return spec.model_copy(update={"defences": done})
 
 
 def _probes(scenario: Scenario, data: DataSpec, origin: Origin) -> list[Ref]:

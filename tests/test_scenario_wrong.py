@@ -106,6 +106,7 @@ EDITS: list[tuple[str, str, list[str]]] = [
     ("[strategy]", "[[attackers]]\nbehaviour = 'honest'\ncount = 1\n[strategy]", ["attackers[1].behaviour", "is honest"]),
     ("count = 10", "count = 10\nbehaviour = 'label-flip'", ["clients.behaviour", "is malicious", "[[attackers]]"]),
     # attackers
+    ("[strategy]", "[[attackers]]\nbehaviour = 'alie'\ncount = 1\n[strategy]", ["attackers[1]", "a single 'alie'", "omniscient"]),
     ("share = 0.2", "share = 0.2\ncount = 2", ["attackers[0]", "exactly one of share, count, ids", "share, count"]),
     ("share = 0.2\n", "", ["attackers[0]", "exactly one of share, count, ids"]),
     ("share = 0.2", "share = 1.0", ["attackers[0].share", "less than 1"]),

@@ -35,7 +35,7 @@ class CleanLabel(Behaviour):
     def check(self, task: Task) -> str | None:
         """Refuse regressions and classes that do not exist."""
         if task.kind != "classification":
-            return "wants a sample in another class, but the task is a regression"
+            return f"wants a sample in another class, but the task is {task.called}"
         if max(self.source, self.target) >= task.classes:
             return f"the task has classes 0 to {task.classes - 1} only"
         return None

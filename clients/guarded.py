@@ -45,7 +45,7 @@ class AntiBackdoorLearning(Behaviour):
 
     def check(self, task: Task) -> str | None:
         """Refuse regressions."""
-        return "tells backdoors by how fast labels are learnt, but the task is a regression" if task.kind != "classification" else None
+        return f"tells backdoors by how fast labels are learnt, but the task is {task.called}" if task.kind != "classification" else None
 
     def remember(self, size: int) -> ClientMemory:
         """Return the place of the model that tells which samples are isolated [d], and whether there is one."""
@@ -104,7 +104,7 @@ class NeighbourFilter(Behaviour):
 
     def check(self, task: Task) -> str | None:
         """Refuse regressions."""
-        return "compares class labels, but the task is a regression" if task.kind != "classification" else None
+        return f"compares class labels, but the task is {task.called}" if task.kind != "classification" else None
 
     def poison(self, x: Tensor, y: Tensor, view: View) -> tuple[Tensor, Tensor]:
         """Return the samples whose neighbours agree with their label."""

@@ -20,7 +20,7 @@ class PartitionAggregation(Behaviour):
 
     def check(self, task: Task) -> str | None:
         """Refuse regressions: there is nothing to vote on."""
-        return "votes for classes, but the task is a regression" if task.kind != "classification" else None
+        return f"votes for classes, but the task is {task.called}" if task.kind != "classification" else None
 
     def remember(self, size: int) -> ClientMemory:
         """Return the place of the member's number []."""

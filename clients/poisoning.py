@@ -44,7 +44,7 @@ class LabelFlip(Behaviour):
     def check(self, task: Task) -> str | None:
         """Refuse regressions and classes that do not exist."""
         if task.kind != "classification":
-            return "flips class labels, but the task is a regression"
+            return f"flips class labels, but the task is {task.called}"
         if max(self.source or 0, self.target or 0) >= task.classes:
             return f"the task has classes 0 to {task.classes - 1} only"
         return None

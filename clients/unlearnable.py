@@ -41,7 +41,7 @@ class Unlearnable(Behaviour):
 
     def check(self, task: Task) -> str | None:
         """Refuse regressions."""
-        return "minimises the error of a classifier, but the task is a regression" if task.kind != "classification" else None
+        return f"minimises the error of a classifier, but the task is {task.called}" if task.kind != "classification" else None
 
     def remember(self, size: int) -> ClientMemory:
         """Return the place of the model that the noise is made on [d], if that is one of an earlier round."""

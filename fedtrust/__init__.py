@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fedtrust.client import Behaviour, Predict, Reply, View, behaviour
     from fedtrust.data.base import Task
     from fedtrust.probes.base import Artefact, ProbeContext, probe
+    from fedtrust.release import AnswerContext, answer
     from fedtrust.repairs import RepairContext, Repaired, RepairFacts, repair
     from fedtrust.scenario import Scenario, load, parse
     from fedtrust.sending import Recipe, SendContext, sender
@@ -29,6 +30,7 @@ _HOMES = {
     "fedtrust.client": ("Behaviour", "Predict", "Reply", "View", "behaviour"),
     "fedtrust.data.base": ("Task",),
     "fedtrust.probes.base": ("Artefact", "ProbeContext", "probe"),
+    "fedtrust.release": ("AnswerContext", "answer"),
     "fedtrust.repairs": ("RepairContext", "RepairFacts", "Repaired", "repair"),
     "fedtrust.scenario": ("Scenario", "load", "parse"),
     "fedtrust.sending": ("Recipe", "SendContext", "sender"),
@@ -38,6 +40,7 @@ _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "AggContext",
+    "AnswerContext",
     "Artefact",
     "Behaviour",
     "PipelineFacts",
@@ -55,6 +58,7 @@ __all__ = [
     "View",
     "__version__",
     "aggregator",
+    "answer",
     "behaviour",
     "load",
     "parse",

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import click
 import typer
 
+from fedtrust import cli_classroom
 from fedtrust.errors import FedTrustError, InputError, nearest
 
 #: Exit status of a run that was interrupted.
@@ -30,6 +31,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+cli_classroom.attach(app)
 
 Plugins = Annotated[
     list[str] | None, typer.Option("--allow-plugin", metavar="NAME", help="Let the scenario run code from NAME.py beside it.")
@@ -123,6 +126,40 @@ def check(
     from fedtrust import cli_check
 
     typer.echo(cli_check.check(file, sets or [], allow_plugin or [], data_root))
+
+
+@app.command()
+def audit(
+    target: Annotated[Path, typer.Argument(metavar="SCENARIO|DIR", help="A scenario (.toml), or a folder that `fedtrust run` wrote.")],
+    trials: Annotated[int, typer.Option(min=200, max=1_000_000, metavar="N", help="Trials a test; more see smaller faults.")] = 3000,
+    confidence: Annotated[float, typer.Option(metavar="P", help="Probability that sound mechanisms pass all tests.")] = 0.95,
+    seed: Annotated[int, typer.Option(min=0, max=2**62, metavar="N", help="What the audit's own draws come from.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+    sets: Sets = None,
+    allow_plugin: Plugins = None,
+    data_root: DataRoot = None,
+) -> None:
+    """Test the privacy that a scenario claims: an empirical lower bound on ε, against the ε that it reports."""
+    from fedtrust import cli_audit
+
+    def told(line: str) -> None:
+        if sys.stderr is not None and sys.stderr.isatty():
+            print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
+
+    text, code = cli_audit.audit(
+        target,
+        sets or [],
+        allow_plugin or [],
+        data_root,
+        trials=trials,
+        confidence=confidence,
+        seed=seed,
+        as_json=as_json,
+        told=told,
+    )
+    told("")
+    typer.echo(text)
+    raise typer.Exit(code)
 
 
 @app.command()

@@ -99,6 +99,9 @@ def tiny(entry: Entry, name: str) -> dict[str, Any]:
         strategy["aggregator"] = name
     elif entry.kind == "probe":
         document["probes"] = [name]
+    elif entry.kind == "answer":
+        document["release"] = {"answers": "probabilities", "defences": [name]}
+        document["probes"] = ["accuracy", "released-accuracy"]
     elif entry.kind == "sender":
         document["malicious_server"] = {"sender": name}
     elif entry.kind == "model":

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, dataclass_transform
 
+import numpy as np
 from torch import Generator, Tensor
 
 from fedtrust.data.base import Task
@@ -72,6 +73,8 @@ class View(NamedTuple):
         data: in `agree` and `craft`, the coalition's own samples (x [b, *shape], y [b]); `None` elsewhere.
         others: the honest updates of this round [m, d]; from `omniscient` on.
         defence: the server's rule as a function, `defence(updates [n, d]) -> delta [d]`; only with `omniscient+defence`.
+        private: in `agree` and `craft`, `private(purpose, *counters)`: NumPy generators of its own with keys of 128 bits (`rng` has 32),
+            the same at every call in a round; for noise that a guarantee of privacy rests on.
     """
 
     params: Tensor
@@ -94,6 +97,7 @@ class View(NamedTuple):
     data: Callable[[], tuple[Tensor, Tensor]] | None = None
     others: Tensor | None = None
     defence: Callable[[Tensor], Tensor] | None = None
+    private: Callable[..., np.random.Generator] | None = None
 
 
 class Reply(NamedTuple):

@@ -22,6 +22,7 @@ from fedtrust.engine.survey import Poll
 from fedtrust.engine.validate import Valid, validate
 from fedtrust.errors import FedTrustError, InputError, RunError, TooFewError, said
 from fedtrust.measuring import Looked, Measuring
+from fedtrust.privacy.server import PrivateStrategy
 from fedtrust.probes.base import share
 from fedtrust.runs import CLIENTS, ROUNDS, Checkpoint, RunDirectory
 from fedtrust.scenario import AttackerSpec
@@ -106,7 +107,8 @@ class Game:
         arrays = flower.FlatRecord(self._params, setup.world.layout)
         try:
             first = arrays.fill() if setup.stock else arrays
-            messages = list(strategy.configure_train(number, first, ConfigRecord(), self._grid)) if asked else []
+            wanted = asked or isinstance(strategy, PrivateStrategy)  # an empty Poisson cohort releases noise
+            messages = list(strategy.configure_train(number, first, ConfigRecord(), self._grid)) if wanted else []
         except Exception as error:  # a stock strategy may raise anything
             raise RunError(f"the strategy failed in round {number}: {said(error)}") from error
         with threads.using(threads.SERVER):  # coalitions compute here; training sets its own number of threads
@@ -118,8 +120,10 @@ class Game:
             before = self._params
             why = self._aggregate(valid, quorum, plan)
             times.append(time.perf_counter())
-            trust = strategy.outcome.trust if isinstance(strategy, FedTrustStrategy) and strategy.outcome and not why else None
-            metrics = self._measure(valid, trust, before, final=number == self._last)
+            outcome = strategy.outcome if isinstance(strategy, FedTrustStrategy) and not why else None
+            trust, shown = (None, None) if outcome is None else (outcome.trust, outcome.shown)
+            metrics = self._measure(valid, trust, before, final=number == self._last, shown=shown)
+            metrics |= {} if outcome is None else outcome.numbers
         times.append(time.perf_counter())
         rows = records.client_rows(setup, number, asked, valid, self._grid.losses, trust)
         record = records.round_record(
@@ -127,6 +131,9 @@ class Game:
         )
         if isinstance(strategy, FedTrustStrategy) and strategy.outcome and not why:
             record["seconds"] |= {place: round(cost, 4) for place, cost in strategy.outcome.seconds.items()}
+        if isinstance(strategy, PrivateStrategy):
+            spent = strategy.mechanism.spent(strategy.ledger)
+            record["epsilon"] = spent if math.isfinite(spent) else None
         self._clock = plan.after(self._clock)
         return record | plan.round_fields(self._clock), [row | plan.client_fields(row["client"]) for row in rows]
 
@@ -179,6 +186,9 @@ class Game:
     def _plan(self) -> Plan:
         """Return who is asked this round, and what becomes of them."""
         setup, wanted = self.setup, self.setup.scenario.clients.cohort
+        if isinstance(setup.strategy, PrivateStrategy):  # who takes part is a part of the guarantee
+            drawn = setup.strategy.mechanism.cohort(self.round)
+            return Plan(drawn, wanted=len(drawn))
         if self._devices is not None:
             return self._devices.plan(self.round, wanted, self._clock, setup.roster.malicious(self.round))
         return Plan(cohort(setup.roster.count, wanted, setup.world.seed, self.round), wanted=wanted)
@@ -186,10 +196,13 @@ class Game:
     def _aggregate(self, valid: Valid, quorum: int, plan: Plan) -> str:
         """Apply the strategy; return why the round does not count, or nothing."""
         asked = len(plan.asked)
-        if not asked:
+        # A private mechanism releases every round, whoever replied: to keep one back would say who did not.
+        released = isinstance(self.setup.strategy, PrivateStrategy)
+        if not asked and not released:
             return "nobody could be reached"
-        if len(valid.clients) < quorum:
-            return f"{len(valid.clients)} valid replies of {asked}, quorum {quorum}"
+        few = f"{len(valid.clients)} valid replies of {asked}, quorum {quorum}" if asked and len(valid.clients) < quorum else ""
+        if few and not released:
+            return few
         strategy, layout = self.setup.strategy, self.setup.world.layout
         try:
             with flower.cheap_collection():
@@ -207,15 +220,17 @@ class Game:
         if not bool(torch.isfinite(params).all()):
             raise RunError(f"the strategy made a model that is not finite in round {self.round}")
         self._params = params.detach().clone()
-        return ""
+        return f"{few}; released all the same" if few else ""
 
-    def _measure(self, valid: Valid, trust: Tensor | None, before: Tensor, *, final: bool) -> dict[str, float]:
-        """Measure the model; `before` is the one that the round began with."""
+    def _measure(self, valid: Valid, trust: Tensor | None, before: Tensor, *, final: bool, shown: Tensor | None = None) -> dict[str, float]:
+        """Measure the model; `before` is the one that the round began with, `shown` what a server sees from which the rows are hidden."""
         strategy = self.setup.strategy
         sent = strategy.sent if isinstance(strategy, FedTrustStrategy) else {}
         sent = sent or dict.fromkeys(valid.clients, before)
+        hides = isinstance(strategy, FedTrustStrategy) and strategy.hides
         history = tuple(self._history)
-        return self._measuring.probe(Looked(self.round, final, self._params, before, valid, trust, sent, self._grid.memories, history))
+        looked = Looked(self.round, final, self._params, before, valid, trust, sent, self._grid.memories, history, hides, shown)
+        return self._measuring.probe(looked)
 
     def success(self, attackers: Sequence[AttackerSpec]) -> float | None:
         """Return how often the final model does what these adversaries want, who took no part; `None` if they want nothing of that kind."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import math
@@ -19,8 +20,10 @@ from fedtrust.engine.shadow import shadows
 from fedtrust.engine.validate import Valid
 from fedtrust.engine.workers import Executor
 from fedtrust.errors import RunError
+from fedtrust.models.build import initialise
 from fedtrust.probes.base import Artefact, ProbeContext, Truth
 from fedtrust.probes.guesses import Guess, score
+from fedtrust.release import AnswerContext
 from fedtrust.runs import RunDirectory
 from fedtrust.setup import Setup, goals_now
 
@@ -38,6 +41,7 @@ class Looked(NamedTuple):
         sent: client → the model it was sent [d].
         memories: what coalitions remember, by their place in the roster.
         history: what was measured so far, by round.
+        hides: whether the clients' rows are hidden from the server, and `shown`: what it sees in their place [m, d].
     """
 
     round: int
@@ -49,6 +53,8 @@ class Looked(NamedTuple):
     sent: Mapping[int, Tensor]
     memories: Mapping[str, ClientMemory]
     history: tuple[Mapping[str, float], ...]
+    hides: bool = False
+    shown: Tensor | None = None
 
 
 class Measuring:
@@ -84,7 +90,8 @@ class Measuring:
                 params=looked.params.clone(),  # a probe that writes on it harms nobody
                 shadow=shadows(self._executor, self._setup.world, looked.round, name),
             )
-            seen = views.probe_view(str(meta["role"]), full, meta)
+            hidden = looked.hides and meta["role"] == "curious-server"
+            seen = views.probe_view(str(meta["role"]), views.behind(full, looked.shown) if hidden else full, meta)
             metrics |= self._found(f"probe '{name}'", name, functools.partial(bound.call, seen), full, seen, metrics)
         if looked.final:
             for place, group in enumerate(self._setup.roster.groups):
@@ -181,6 +188,9 @@ class Measuring:
                 self._windows,
             ),
             history=looked.history,
+            released=lambda x: self._released(params, query(x), x),
+            answers=setup.release.form,
+            queries=setup.release.queries,
             layout=world.layout,
             recipe=setup.recipe,
             sent=self._sent(looked),
@@ -189,6 +199,22 @@ class Measuring:
             population=None if game is None else game.population,
             member=None if game is None else game.member,
         )
+
+    def _released(self, params: Tensor, output: Tensor, x: Tensor) -> Tensor:
+        """Return what users are told in place of the model's output for samples `x`."""
+        setup, world = self._setup, self._setup.world
+
+        def context() -> AnswerContext:
+            rng = seeds.torch_stream(world.seed, "answers", *[int(b) for b in x.shape])
+            return AnswerContext(world.data.task, world.model, params.clone(), self._surrogate(), rng)
+
+        return setup.release.answers(output, x, context)
+
+    def _surrogate(self) -> Tensor:
+        """Return the parameters of a fresh model, the same whenever it is asked."""
+        module = copy.deepcopy(self._setup.world.module)
+        initialise(module, seeds.torch_stream(self._setup.world.seed, "answers/surrogate"))
+        return self._setup.world.layout.vector(module)
 
     def _sent(self, looked: Looked) -> dict[int, Tensor]:
         """Return copies of the models that clients were sent; those who were sent the same share one."""

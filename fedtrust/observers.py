@@ -6,17 +6,22 @@ from collections.abc import Mapping
 from typing import Any
 
 from fedtrust.registry import Entry
-from fedtrust.scenario import Scenario
+from fedtrust.scenario import ReleaseSpec, Scenario
 from fedtrust.setup import entry_of, plain
 from fedtrust.views import simulated
 
 _ROLES = {"curious-server": "curious server", "user": "user of the model"}
 _SEES = {
     "curious-server": "the model, the updates and the registered numbers of samples",
+    "behind a hiding filter": "the model, the sum of the updates and the registered numbers of samples",
     "user": "what the model answers",
     "sender": "the model, whom it asks and the registered numbers of samples",
 }
-_GRANTED = {"candidates": "the samples whose membership is asked", "population": "samples of its own like the clients'"}
+_GRANTED = {
+    "model": "the model's architecture",
+    "candidates": "the samples whose membership is asked",
+    "population": "samples of its own like the clients'",
+}
 
 
 def observer_cards(scenario: Scenario) -> list[dict[str, Any]]:
@@ -31,11 +36,22 @@ def observer_cards(scenario: Scenario) -> list[dict[str, Any]]:
         entry = entry_of("probe", ref.name, scenario)
         role = str(entry.meta["role"])
         if role in _ROLES:
-            does = ["reads what clients send"] if role == "curious-server" else ["queries the model"]
+            does = ["reads what clients send"] if role == "curious-server" else [_queries(scenario.release)]
+            sees = _SEES[role]
+            if role == "curious-server" and any(entry_of("filter", f.name, scenario).meta.get("hides") for f in scenario.strategy.filters):
+                does, sees = ["reads the sum of what clients send"], _SEES["behind a hiding filter"]
             end = entry.meta["when"] == "end"
             rounds = [scenario.rounds, scenario.rounds] if end else [1, scenario.rounds]
-            cards.append(_card(entry, ref.params, _ROLES[role], _SEES[role], does, rounds))
+            cards.append(_card(entry, ref.params, _ROLES[role], sees, does, rounds))
     return cards
+
+
+def _queries(release: ReleaseSpec) -> str:
+    """Return what a user may do, and how he is answered."""
+    told = {"logits": "what it puts out", "probabilities": "probabilities", "label": "the label alone"}[release.answers]
+    behind = f", through {' and '.join(ref.name for ref in release.defences)}" if release.defences else ""
+    most = "" if release.queries is None else f" about {release.queries} samples at most"
+    return f"queries the model{most} (told: {told}{behind})"
 
 
 def _card(entry: Entry, params: Mapping[str, Any], role: str, sees: str, does: list[str], rounds: list[int]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from fedtrust.engine.flower import ARRAYS, CohortReply
 from fedtrust.engine.validate import Valid
 from fedtrust.errors import InputError
 from fedtrust.observers import observer_cards
+from fedtrust.privacy.summary import guarantees
 from fedtrust.runs import CLIENTS, ROUNDS, RunDirectory, write_atomic, write_json
 from fedtrust.scenario import Cell, Scenario
 from fedtrust.setup import Setup, entry_of, threat_cards
@@ -203,6 +204,7 @@ def run_summary(
     idle = [] if missed else _never_valid(setup, directory)
     why = f"{len(missed)} of {len(rounds) - 1} rounds did not count (first: {_why(rounds, missed[0])})" if missed else ""
     why = why or "; ".join(idle)
+    private = guarantees(setup.strategy, setup.roster, setup.world, directory.records(CLIENTS))
     return {
         "kind": "run",
         "title": scenario.title,
@@ -222,11 +224,12 @@ def run_summary(
         "federation": federation(setup),
         "assumed_malicious": scenario.strategy.assumed_malicious,
         "trust_mean": _trust_mean(directory),
+        **({"privacy": private} if private else {}),
         **_devices(rounds),
         **_repairs(rounds),
         **_averages(rounds),
         **({"clean_success": known} if (known := {k: v for k, v in (rivals or {}).items() if v is not None}) else {}),
-        "warnings": _warnings(rounds),
+        "warnings": _warnings(rounds) + [line for each in private for line in each["warnings"]],
     }
 
 
@@ -347,7 +350,7 @@ def cell_result(cell: Cell, summary: Mapping[str, Any]) -> CellResult:
         "metrics": summary["metrics"],
         "model_sha256": summary.get("model_sha256", ""),
         "seconds": summary["seconds"],
-        **{key: summary[key] for key in ("clean_success", "round_means", "repair_seconds") if key in summary},
+        **{key: summary[key] for key in ("clean_success", "round_means", "repair_seconds", "privacy") if key in summary},
         **_nature(summary),
     }
     return CellResult(row, summary.get("threats"))

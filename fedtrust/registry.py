@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # imported where a component is registered or checked: the tr
     import pydantic
 
 Kind = Literal[
-    "behaviour", "filter", "aggregator", "step", "repair", "sender", "probe", "model", "loss", "optimiser", "source", "partition",
+    "behaviour", "filter", "aggregator", "step", "repair", "sender", "answer", "probe", "model", "loss", "optimiser", "source", "partition",
     "feature-skew",
 ]  # fmt: skip
 KINDS: tuple[Kind, ...] = typing.get_args(Kind)

@@ -28,14 +28,17 @@ from fedtrust.scenario_parts import (
     MaliciousServerSpec,
     ProbeSpec,
     Ref,
+    ReleaseSpec,
     Spec,
     StrategySpec,
     TrainSpec,
 )
+from fedtrust.scenario_privacy import PrivacySpec
 from fedtrust.scenario_sweep import Attack, ClaimSpec, SweepSpec, attacks, expand_shares
 
 __all__ = [
-    "AttackerSpec", "Cell", "ClaimSpec", "ClientsSpec", "DataSpec", "EngineSpec", "MaliciousServerSpec", "Origin", "ProbeSpec", "Ref", "Scenario", "StrategySpec",
+    "AttackerSpec", "Cell", "ClaimSpec", "ClientsSpec", "DataSpec", "EngineSpec", "MaliciousServerSpec", "Origin", "ProbeSpec", "Ref",
+    "ReleaseSpec", "Scenario", "StrategySpec",
     "SweepSpec", "TrainSpec", "check", "load", "parse", "schema",
 ]  # fmt: skip
 
@@ -72,7 +75,7 @@ class Scenario(Spec):
         description: what to look at.
         rounds: how many.
         seed: of every random draw.
-        data, model, clients, attackers, strategy, malicious_server, probes, engine, sweep: its parts.
+        data, model, clients, attackers, strategy, malicious_server, release, probes, engine, sweep: its parts.
         claims: what somebody says will come out of the matrix.
     """
 
@@ -87,6 +90,7 @@ class Scenario(Spec):
     attackers: list[AttackerSpec] = Field(default_factory=list)
     strategy: StrategySpec = StrategySpec()
     malicious_server: MaliciousServerSpec | None = None
+    release: ReleaseSpec = ReleaseSpec()
     probes: list[Ref] = Field(default_factory=list)
     engine: EngineSpec = EngineSpec()
     sweep: SweepSpec | None = None
@@ -97,13 +101,13 @@ class Scenario(Spec):
 
     @classmethod
     def expand(cls, given: Any) -> Any:
-        """Lay a sweep's strategies over `[strategy]`, and give its attackers their shares."""
-        return expand_shares(expand_sweep(given)) if isinstance(given, Mapping) else given
+        """Lay a sweep's strategies over `[strategy]`, and give its attackers their shares; `[privacy]` is the strategy's."""
+        return expand_shares(expand_sweep(_private(given))) if isinstance(given, Mapping) else given
 
     @classmethod
     def keys(cls) -> list[str]:
         """Return the keys that a file may use at the top; a profile is laid over the document before it is read as a scenario."""
-        return [*super().keys(), "profile", "profiles"]
+        return [*super().keys(), "privacy", "profile", "profiles"]
 
     def __eq__(self, other: object) -> bool:
         """Return whether both say the same, wherever they were loaded from."""
@@ -115,6 +119,11 @@ class Scenario(Spec):
     def origin(self) -> Origin | None:
         """Where it was loaded from; `None` for one built in Python."""
         return self._origin
+
+    @property
+    def privacy(self) -> PrivacySpec | None:
+        """How the server protects its clients: `strategy.privacy`."""
+        return self.strategy.privacy
 
     def attacks(self) -> dict[str, Attack]:
         """Return the entries of the attackers axis by the label of their cells."""
@@ -143,10 +152,12 @@ class Scenario(Spec):
         for attack, defence, spread, seed in itertools.product(*axes.values()):
             folder = "__".join([names["attackers"][attack], names["strategies"][defence], names["partitions"][spread], f"seed{seed}"])
             strategy, refused = played[attack, defence]
+            own = {} if strategy.behaviour is None else {"behaviour": strategy.behaviour}
             scenario = self.model_copy(
                 update={
+                    "clients": self.clients.model_copy(update=own),
                     "attackers": axes["attackers"][attack],
-                    "strategy": strategy,
+                    "strategy": strategy.model_copy(update={"behaviour": None}),
                     "data": self.data.model_copy(update={"partition": axes["partitions"][spread]}),
                     "seed": seed,
                     "sweep": None,
@@ -175,6 +186,16 @@ class Scenario(Spec):
         from fedtrust.scenario_toml import to_toml
 
         return to_toml(self)
+
+
+def _private(given: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a raw document in which `[privacy]` stands where it belongs, in the strategy."""
+    strategy = given.get("strategy", {})
+    if "privacy" not in given or not isinstance(strategy, Mapping):
+        return given
+    if "privacy" in strategy:
+        raise InputError("stands in [strategy] too; write it once", "privacy")
+    return {**{k: v for k, v in given.items() if k != "privacy"}, "strategy": {**strategy, "privacy": given["privacy"]}}
 
 
 def parse(

@@ -8,7 +8,7 @@ from typing import Any
 
 import pydantic
 
-from fedtrust import plugins
+from fedtrust import plugins, scenario_private
 from fedtrust.client import KNOWLEDGE, Knowledge
 from fedtrust.errors import InputError
 from fedtrust.registry import REGISTRY, Entry, Kind, dotted
@@ -73,6 +73,8 @@ def resolve(scenario: Scenario, origin: Origin) -> Scenario:
         "malicious_server": _server(scenario, origin),
         "release": _release(scenario, origin),
     }
+    if scenario.strategy.behaviour is not None and scenario.sweep is None:
+        raise InputError("is for the strategies of a sweep; here set clients.behaviour", "strategy.behaviour")
     resolved = scenario.model_copy(update=updates)
     return scenario_cells.resolve(resolved, origin)
 
@@ -152,12 +154,15 @@ def _clients(clients: ClientsSpec, data: DataSpec, origin: Origin) -> ClientsSpe
         raise InputError(f"should be at most clients.count = {clients.count} (got {clients.cohort})", "clients.per_round")
     if clients.system is not None and clients.system.over_select > 0 and clients.cohort == clients.count:
         raise InputError("a round takes every client already; set clients.per_round below clients.count", "clients.system.over_select")
-    entry = _entry("behaviour", clients.behaviour.name, "clients.behaviour", origin)
-    if entry.meta.get("role") != "honest":
-        raise InputError(f"'{entry.name}' is malicious; it belongs to [[attackers]]", "clients.behaviour")
-    params = _checked(entry, clients.behaviour.params, "clients.behaviour")
-    behaviour = Ref(name=clients.behaviour.name, params=params)
+    behaviour = _honest(clients.behaviour, "clients.behaviour", origin)
     return clients.model_copy(update={"behaviour": behaviour, "train": _train(clients.train, data, origin)})
+
+
+def _honest(given: Ref, where: str, origin: Origin) -> Ref:
+    entry = _entry("behaviour", given.name, where, origin)
+    if entry.meta.get("role") != "honest":
+        raise InputError(f"'{entry.name}' is malicious; it belongs to [[attackers]]", where)
+    return Ref(name=given.name, params=_checked(entry, given.params, where))
 
 
 def _train(train: TrainSpec, data: DataSpec, origin: Origin) -> TrainSpec:
@@ -229,7 +234,10 @@ def checked_strategy(strategy: StrategySpec, where: str, clients: ClientsSpec, o
         raise InputError(
             f"assumes {strategy.assumed_malicious} of {clients.cohort} clients a round malicious", f"{where}.assumed_malicious"
         )
-    strategy = strategy.model_copy(update={"repairs": _repairs(strategy, where, origin)})
+    updates: dict[str, Any] = {"repairs": _repairs(strategy, where, origin)}
+    if strategy.behaviour is not None:
+        updates["behaviour"] = _honest(strategy.behaviour, f"{where}.behaviour", origin)
+    strategy = strategy.model_copy(update=updates)
     filters = [checked_ref(r, "filter", f"{where}.filters[{i}]", origin) for i, r in enumerate(strategy.filters)]
     steps = [checked_ref(r, "step", f"{where}.steps[{i}]", origin) for i, r in enumerate(strategy.steps)]
     if strategy.aggregator.name.startswith("flwr:"):
@@ -249,6 +257,8 @@ def must_work(strategy: StrategySpec, where: str, clients: ClientsSpec) -> None:
     Raises:
         InputError: placed at the component.
     """
+    if strategy.privacy is not None:
+        scenario_private.must_work(strategy, where, clients)
     if strategy.aggregator.name.startswith("flwr:"):
         _stock(strategy, where, clients)
     else:
@@ -320,7 +330,8 @@ def _server(scenario: Scenario, origin: Origin) -> MaliciousServerSpec | None:
     spec = scenario.malicious_server
     if spec is None:
         return None
-    if scenario.strategy.aggregator.name.startswith("flwr:"):
+    swept = scenario.sweep.strategies.values() if scenario.sweep is not None else ()
+    if any(strategy.aggregator.name.startswith("flwr:") for strategy in (scenario.strategy, *swept)):
         raise InputError("a stock Flower strategy sends what it wants to; use a pipeline of fedtrust's own", "malicious_server")
     if spec.rounds is not None and not 1 <= spec.rounds[0] <= spec.rounds[1] <= scenario.rounds:
         raise InputError(
@@ -371,5 +382,8 @@ def behaviours(scenario: Scenario) -> Sequence[tuple[str, str, dict[str, Any]]]:
     groups = [(f"attackers[{i}]", g) for i, g in enumerate(scenario.attackers)]
     for label, entry in (scenario.sweep.attackers if scenario.sweep is not None else {}).items():
         groups += [(f"sweep.attackers.{label}[{i}]", g) for i, g in enumerate(entry)]
-    honest = ("clients.behaviour", scenario.clients.behaviour.name, scenario.clients.behaviour.params)
-    return [honest, *((f"{place}.behaviour", g.behaviour, g.params) for place, g in groups)]
+    honest = [("clients.behaviour", scenario.clients.behaviour)]
+    for label, strategy in (scenario.sweep.strategies if scenario.sweep is not None else {}).items():
+        honest += [] if strategy.behaviour is None else [(f"sweep.strategies.{label}.behaviour", strategy.behaviour)]
+    attackers = [(f"{place}.behaviour", group.behaviour, group.params) for place, group in groups]
+    return [*((place, ref.name, ref.params) for place, ref in honest), *attackers]

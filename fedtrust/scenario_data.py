@@ -15,7 +15,11 @@ from fedtrust.engine.devices import Devices
 from fedtrust.errors import InputError
 from fedtrust.layout import Layout
 from fedtrust.models.build import build as build_model
-from fedtrust.registry import REGISTRY
+from fedtrust.privacy.accounts import ClientAccount, worst
+from fedtrust.privacy.build import advice, drowned
+from fedtrust.privacy.build import build as mechanism_of
+from fedtrust.privacy.summary import participations
+from fedtrust.registry import REGISTRY, Kind
 from fedtrust.repairs import RepairFacts, refusal
 from fedtrust.scenario import Ref, Scenario
 from fedtrust.scenario_checks import behaviours
@@ -35,6 +39,8 @@ def check_data(scenario: Scenario) -> list[str]:
             facts.append(_describe(scenario, data))
             module = _fits(scenario, data, facts)
             facts += _devices(scenario, data, module)
+            parameters = sum(p.numel() for p in module.parameters())
+            facts += _private(scenario, parameters) + _protected(scenario, data, parameters)
             samples = data.x.numel() * data.x.element_size()
         sizes = [len(part) for part in data.parts]
         facts.append(f"partition '{label or partition.name}', seed {seed}: {min(sizes)} to {max(sizes)} samples a client")
@@ -106,6 +112,48 @@ def _devices(scenario: Scenario, data: FederatedData, module: nn.Module) -> list
     return [made.describe()]
 
 
+def _private(scenario: Scenario, parameters: int) -> list[str]:
+    """Say what privacy costs, where a strategy of the scenario promises any."""
+    facts: list[str] = []
+    swept = scenario.sweep is not None and bool(scenario.sweep.strategies)
+    clients = scenario.clients
+    for label, strategy in scenario.axes()["strategies"].items():
+        if strategy.privacy is None:
+            continue
+        try:
+            made = mechanism_of(strategy.privacy, clients.count, clients.cohort, scenario.rounds, scenario.seed)
+        except InputError as error:
+            where = f"sweep.strategies.{label}" if swept else "strategy"
+            raise InputError(error.message, f"{where}.{error.where}") from None
+        facts += [f"'{label}': {line}" if swept else line for line in advice(made, parameters)]
+    return facts
+
+
+def _protected(scenario: Scenario, data: FederatedData, parameters: int) -> list[str]:
+    """Say what clients pay that protect themselves, if they are asked in every round."""
+    recipe, facts = scenario.clients.train, list[str]()
+    sizes = [len(part) for part in data.parts]
+    parts = participations(sizes, min(recipe.batch_size, max(sizes)), recipe.epochs, dict.fromkeys(range(len(sizes)), scenario.rounds))
+    for place, name, params in behaviours(scenario):
+        account = REGISTRY.make("behaviour", name, params)
+        if not isinstance(account, ClientAccount):
+            continue
+        try:
+            most = worst(account.calibrated(parts), parts)
+        except ValueError as error:
+            raise InputError(str(error), f"{place}.epsilon") from None
+        if most is None:
+            continue
+        spent = most.spent
+        facts.append(
+            f"privacy: {name} at {place}, of one {spent.unit}; σ = {spent.noise_multiplier:.4g}, ε = {spent.epsilon:.4g} "
+            f"at δ = {spent.delta:g} for client {most.client} if it is asked in each of {scenario.rounds} rounds ({spent.relation})"
+        )
+        warning = drowned(spent, parameters, scenario.clients.cohort) if spent.unit == "client" else None
+        facts += [] if warning is None else [f"warning: {warning}"]
+    return facts
+
+
 def _fits(scenario: Scenario, data: FederatedData, facts: list[str]) -> nn.Module:
     """Ask model, loss, probes and behaviours whether they suit the task; return the model."""
     task = data.task
@@ -122,10 +170,33 @@ def _fits(scenario: Scenario, data: FederatedData, facts: list[str]) -> nn.Modul
         if wanted is not None and task.kind not in ((wanted,) if isinstance(wanted, str) else wanted):
             suited = wanted if isinstance(wanted, str) else " or ".join(wanted)
             raise InputError(f"'{probe.name}' measures a {suited}; '{scenario.data.source.name}' is {task.called}", f"probes[{index}]")
+    _rules(scenario, task)
+    for index, defence in enumerate(scenario.release.defences):
+        _for_task("answer", defence.name, f"release.defences[{index}]", scenario, task)
     for place, name, params in behaviours(scenario):
         _suits(place, name, params, task)
     _mends(scenario, task, Layout.of(module))
     return module
+
+
+def _rules(scenario: Scenario, task: Task) -> None:
+    """Ask the parts of every pipeline whether they suit the task."""
+    swept = scenario.sweep is not None and bool(scenario.sweep.strategies)
+    for label, strategy in scenario.axes()["strategies"].items():
+        where = f"sweep.strategies.{label}" if swept else "strategy"
+        stages: list[tuple[Kind, str, Ref]] = [("filter", f"filters[{i}]", ref) for i, ref in enumerate(strategy.filters)]
+        stages += [("aggregator", "aggregator", strategy.aggregator)] if not strategy.aggregator.name.startswith("flwr:") else []
+        stages += [("step", f"steps[{i}]", ref) for i, ref in enumerate(strategy.steps)]
+        for kind, place, ref in stages:
+            _for_task(kind, ref.name, f"{where}.{place}", scenario, task)
+
+
+def _for_task(kind: Kind, name: str, place: str, scenario: Scenario, task: Task) -> None:
+    """Refuse a component that declares that it is for other tasks."""
+    wanted = REGISTRY.get(kind, name).meta.get("task")
+    suited = (wanted,) if isinstance(wanted, str) else wanted
+    if suited is not None and task.kind not in suited:
+        raise InputError(f"'{name}' is for {' or '.join(suited)}; '{scenario.data.source.name}' is {task.called}", place)
 
 
 def _mends(scenario: Scenario, task: Task, layout: Layout) -> None:

@@ -83,6 +83,8 @@ class Document:
 
     def placed(self, error: InputError) -> InputError:
         """Return an error about a dotted key, placed at the file and line or at the override that it is about."""
+        if error.where.startswith("strategy.privacy") and "privacy" in self.data:  # written at the top
+            error = InputError(error.message, error.where.removeprefix("strategy."))
         keys = tuple(_parts(error.where))
         for given, where in reversed(self.overridden):
             if keys[: len(given)] == given:

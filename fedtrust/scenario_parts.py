@@ -5,86 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-import pydantic
-from pydantic import BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from fedtrust.client import Knowledge
-from fedtrust.errors import allowed_list, nearest
-
-#: The largest seed.
-BIG = 2**63 - 1
-
-
-class Spec(pydantic.BaseModel):
-    """Base of every part of a scenario: frozen, strict, no unknown key."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _shape(cls, given: Any) -> Any:
-        """Bring the short forms of the file into the full form, and refuse unknown keys with the nearest match."""
-        if isinstance(given, cls):
-            return given
-        given = cls.expand(given)
-        if not isinstance(given, Mapping):
-            raise PydanticCustomError("table", "should be a table, not {got}", {"got": repr(given)})
-        for key in given:
-            if key not in cls.model_fields:
-                raise PydanticCustomError(
-                    "unknown_key",
-                    "unknown key '{key}'{hint} (keys: {keys}){near}",
-                    {
-                        "key": str(key),
-                        "hint": cls.hint(str(key)),
-                        "keys": allowed_list(cls.keys(), 20),
-                        "near": nearest(str(key), cls.keys()),
-                    },
-                )
-        return given
-
-    @classmethod
-    def expand(cls, given: Any) -> Any:
-        """Return the full form of what the file says; the identity where there is no short form."""
-        return given
-
-    @classmethod
-    def keys(cls) -> list[str]:
-        """Return the keys that a file may use here."""
-        return list(cls.model_fields)
-
-    @classmethod
-    def hint(cls, key: str) -> str:
-        """Return a remark on an unknown key, put right after the words 'unknown key'."""
-        return ""
-
-
-class Ref(Spec):
-    """A component by name, with its parameters; in the file `"median"` or `{ name = "krum", m = 5 }`."""
-
-    name: str = Field(min_length=1)
-    params: dict[str, Any] = {}
-
-    @classmethod
-    def expand(cls, given: Any) -> Any:
-        """Split a flat table into the name and the parameters."""
-        if isinstance(given, str):
-            return {"name": given}
-        if not isinstance(given, Mapping):
-            raise PydanticCustomError("ref", "should be a name or a table with a name, not {got}", {"got": repr(given)})
-        rest = dict(given)
-        key = "name" if "name" in rest else "kind"
-        if key not in rest:
-            raise PydanticCustomError("ref", "should have a `name`", {})
-        name = rest.pop(key)
-        nested = rest.pop("params", {})
-        if not isinstance(nested, Mapping):
-            raise PydanticCustomError("ref", "`params` should be a table", {})
-        twice = sorted(set(rest) & set(nested))
-        if twice:
-            raise PydanticCustomError("ref", "parameter '{key}' is set twice", {"key": twice[0]})
-        return {"name": name, "params": {**nested, **rest}}
+from fedtrust.scenario_base import BIG as BIG
+from fedtrust.scenario_base import Ref as Ref
+from fedtrust.scenario_base import Spec as Spec
+from fedtrust.scenario_privacy import PrivacySpec
 
 
 class DataSpec(Spec):
@@ -122,7 +50,7 @@ class TrainSpec(Spec):
     batch_size: int = Field(default=20, ge=1)
     epochs: int = Field(default=1, ge=1)
     loss: Ref | None = None
-    optimiser_params: dict[str, Any] = {}
+    optimiser_params: dict[str, Any] = Field(default_factory=dict)
 
     @classmethod
     def expand(cls, given: Any) -> Any:
@@ -281,7 +209,7 @@ class AttackerSpec(Spec):
     """
 
     behaviour: str = Field(min_length=1)
-    params: dict[str, Any] = {}
+    params: dict[str, Any] = Field(default_factory=dict)
     share: float | None = Field(default=None, gt=0, lt=1)
     count: int | None = Field(default=None, ge=1)
     ids: list[Annotated[int, Field(ge=0)]] | None = Field(default=None, min_length=1)
@@ -319,7 +247,7 @@ class MaliciousServerSpec(Spec):
     """
 
     sender: str = Field(min_length=1)
-    params: dict[str, Any] = {}
+    params: dict[str, Any] = Field(default_factory=dict)
     rounds: Annotated[tuple[int, int], BeforeValidator(_pair)] | None = None
 
     @classmethod
@@ -346,19 +274,39 @@ class StrategySpec(Spec):
         assumed_malicious: what the defender believes, a share of the cohort or a count; never the truth.
         root_samples: how many labelled samples the server owns.
         repairs: what it does to the model after the last round, one after another.
+        privacy: how it protects the clients from whoever sees the models; in the file also at the top, as `[privacy]`.
+        behaviour: what honest clients do beside this strategy, in place of `clients.behaviour`; for the entries of a sweep.
     """
 
-    filters: list[Ref] = []
+    filters: list[Ref] = Field(default_factory=list)
     aggregator: Ref = Ref(name="mean")
-    steps: list[Ref] = []
+    steps: list[Ref] = Field(default_factory=list)
     assumed_malicious: Annotated[int | float, BeforeValidator(_assumed)] = 0.0
     root_samples: int = Field(default=0, ge=0)
-    repairs: list[Ref] = []
+    repairs: list[Ref] = Field(default_factory=list)
+    privacy: PrivacySpec | None = None
+    behaviour: Ref | None = None
 
     @property
     def label(self) -> str:
-        """A short name: the filters, the aggregator, the steps and the repairs, joined by plus signs."""
-        return " + ".join(ref.name for ref in (*self.filters, self.aggregator, *self.steps, *self.repairs))
+        """A short name: the filters, the privacy mechanism, the aggregator, the steps and the repairs, joined by plus signs."""
+        before, after = [ref.name for ref in self.filters], [ref.name for ref in (*self.steps, *self.repairs)]
+        private = [] if self.privacy is None else [self.privacy.label]
+        return " + ".join([*before, *private, self.aggregator.name, *after])
+
+
+class ReleaseSpec(Spec):
+    """How the model is released to its users.
+
+    Attributes:
+        answers: what a user is told: the model's `logits`, the `probabilities` of the classes, or the likeliest `label` alone.
+        queries: how many samples each user may ask each released model about; `None`: as many as it likes.
+        defences: what is done to the probabilities, in this order.
+    """
+
+    answers: Literal["logits", "probabilities", "label"] = "logits"
+    queries: int | None = Field(default=None, ge=1)
+    defences: list[Ref] = Field(default_factory=list)
 
 
 #: A probe is a component by name; the field's own name says what it is for.

@@ -19,7 +19,19 @@ def build() -> Json:
     made = Scenario.model_json_schema()
     parts: Json = made["$defs"]
     parts.pop("Ref", None)
-    for kind in ("aggregator", "behaviour", "feature-skew", "filter", "loss", "model", "partition", "probe", "repair", "source", "step"):
+    kinds: tuple[Kind, ...] = (
+        "aggregator",
+        "answer",
+        "behaviour",
+        "feature-skew",
+        "filter",
+        "loss",
+        "model",
+        "partition",
+        "probe",
+        "repair",
+    )
+    for kind in (*kinds, "source", "step"):
         parts[f"{kind}-ref"] = component(kind)
     _link(made, "model", "model")
     made["properties"]["probes"] = _many("probe")
@@ -30,6 +42,10 @@ def build() -> Json:
         parts[part] = {"anyOf": [{"type": "number"}, parts[part]]}
     _link(parts["StrategySpec"], "aggregator", "aggregator")
     parts["StrategySpec"]["properties"] |= {"filters": _many("filter"), "steps": _many("step"), "repairs": _many("repair")}
+    made["properties"]["privacy"] = parts["StrategySpec"]["properties"]["privacy"]
+    _link(parts["StrategySpec"], "behaviour", "behaviour")
+    parts["ClipSpec"] = {"anyOf": [{"type": "number"}, parts["ClipSpec"]]}  # a bare number will do
+    parts["ReleaseSpec"]["properties"]["defences"] = _many("answer")
     _train(parts["TrainSpec"])
     _attacker(parts["AttackerSpec"])
     _sender(parts["MaliciousServerSpec"])

@@ -6,7 +6,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from fedtrust.scenario import AttackerSpec, ClaimSpec, ClientsSpec, DataSpec, Ref, Scenario, StrategySpec, SweepSpec, TrainSpec
+from fedtrust.scenario import AttackerSpec, ClaimSpec, ClientsSpec, DataSpec, Ref, ReleaseSpec, Scenario, StrategySpec, SweepSpec, TrainSpec
+from fedtrust.scenario_privacy import PrivacySpec
 
 _BARE = re.compile(r"^[A-Za-z0-9_-]+$")
 _ESCAPES = {'"': '\\"', "\\": "\\\\", "\b": "\\b", "\t": "\\t", "\n": "\\n", "\f": "\\f", "\r": "\\r"}
@@ -90,7 +91,19 @@ def _strategy(strategy: StrategySpec) -> dict[str, Any]:
         "aggregator": ref(strategy.aggregator),
         "steps": [ref(r) for r in strategy.steps],
         "repairs": [ref(r) for r in strategy.repairs],
+        "privacy": None if strategy.privacy is None else _given(strategy.privacy),
+        "behaviour": None if strategy.behaviour is None else ref(strategy.behaviour),
     }
+
+
+def _given(privacy: PrivacySpec) -> dict[str, Any]:
+    """Return a privacy section; of the clip only the parameters of its kind."""
+    own = ("kind", "norm") if privacy.clip.kind == "fixed" else ("kind", "quantile", "initial", "lr", "noise")
+    return {**privacy.model_dump(exclude={"clip"}), "clip": {k: getattr(privacy.clip, k) for k in own}}
+
+
+def _release(release: ReleaseSpec) -> dict[str, Any]:
+    return {"answers": release.answers, "queries": release.queries, "defences": [ref(r) for r in release.defences]}
 
 
 def _table(header: str, content: Mapping[str, Any]) -> str:
@@ -128,6 +141,8 @@ def to_toml(scenario: Scenario) -> str:
         *([_table("[clients.system]", scenario.clients.system.model_dump())] if scenario.clients.system is not None else []),
         *[_table("[[attackers]]", _attacker(group)) for group in scenario.attackers],
         _table("[strategy]", _strategy(scenario.strategy)),
+        *([_table("[malicious_server]", scenario.malicious_server.model_dump())] if scenario.malicious_server is not None else []),
+        _table("[release]", _release(scenario.release)),
         *[_table("[[probes]]", ref(probe)) for probe in scenario.probes],
         _table("[engine]", scenario.engine.model_dump()),
         *(_sweep(scenario.sweep) if scenario.sweep is not None else []),

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Generator, Tensor
 
@@ -28,6 +29,13 @@ class Train(Protocol):
         """Return the update [d] that training on `x` [b, *shape], `y` [b] gives."""
 
 
+class Private(Protocol):
+    """Randomness that a guarantee of privacy rests on, or that the clients and not the server draw."""
+
+    def __call__(self, purpose: str, *counters: int) -> np.random.Generator:
+        """Return the generator of this round that goes by that name: the same at every call, with a key of 128 bits."""
+
+
 class Verdict(NamedTuple):
     """What a filter, an aggregator or a step returns (a bare tensor means `Verdict(tensor)`).
 
@@ -37,6 +45,7 @@ class Verdict(NamedTuple):
         state: what the component wants back next round (tensors; saved in the checkpoint). `None` keeps the old one.
         members: filters that merge rows: for each row that came in the index of the row it went into, int64 [n].
         bound: filters that guarantee it: the largest L2 norm any row can have, fixed before the data was seen.
+        numbers: what the component says of this round, by name; recorded among the metrics as `<component>/<name>`.
     """
 
     value: Tensor
@@ -44,10 +53,15 @@ class Verdict(NamedTuple):
     state: State | None = None
     members: Tensor | None = None
     bound: float | None = None
+    numbers: Mapping[str, float] = {}
 
 
 def _no_training(x: Tensor, y: Tensor, params: Tensor | None = None, epochs: int | None = None) -> Tensor:
     raise RunError("there is nothing to train with here: a rule that treats every row by itself runs where the updates are made")
+
+
+def _no_randomness(purpose: str, *counters: int) -> np.random.Generator:
+    raise RunError("there is no private randomness here: a rule that treats every row by itself runs where the updates are made")
 
 
 @dataclass(frozen=True)
@@ -71,6 +85,9 @@ class AggContext:
         rng: this component's source of randomness for this round.
         train: trains as clients do (optimiser, learning rate, batch size, epochs) on samples of the server's own:
             `train(x, y, params=None, epochs=None) -> update [d]`, from the global model unless `params` says another.
+        asked: how many clients were asked this round, whether they replied or not; 0 where nobody says.
+        private: `private(purpose, *counters)`, NumPy generators with keys of 128 bits (`rng` has 32): for noise that hides somebody, and
+            for what clients draw. An attacker who is granted the server's rule is given other ones.
     """
 
     params: Tensor
@@ -88,6 +105,8 @@ class AggContext:
     bound: float | None = None
     train: Train = _no_training
     rounds: int = 0
+    asked: int = 0
+    private: Private = _no_randomness
 
 
 Rule = Callable[[Tensor, AggContext], Verdict | Tensor]
@@ -104,6 +123,7 @@ class PipelineFacts:
         filters, aggregator, steps: the names in the pipeline.
         bounded: whether a filter guarantees a bound on the rows that reach the aggregator.
         root_samples: the size of the server's own labelled set.
+        rowwise: for each filter whether it treats every row by itself (see `server_filter`).
     """
 
     n: int
@@ -114,6 +134,7 @@ class PipelineFacts:
     steps: tuple[str, ...]
     bounded: bool
     root_samples: int
+    rowwise: tuple[bool, ...] = ()
 
 
 Needs = Callable[[PipelineFacts], str | None]
@@ -126,7 +147,9 @@ def server_filter(name: str, *, needs: Needs | None = None, paper: str = "", **m
     bound that one before it gave. `rowwise` is a function that says of the parameters whether every row is treated by itself: from the row
     and the parameters alone, without state, randomness, or what the context says about the other rows. Such a filter runs where the
     updates are made, and before a `linear` aggregator the server then never holds the rows. `rows` is a function that says of the
-    `PipelineFacts` how many rows a filter that merges them leaves.
+    `PipelineFacts` how many rows a filter that merges them leaves. `hides=True`: what the filter does is done by the clients, and the
+    server sees nothing but what it returns: a curious server is shown that in place of the rows, and neither client ids nor trust.
+    `guarantee` is a function of (parameters, state, d) that says what privacy the filter's noise has given so far, for the summary.
     """
     return register("filter", name, needs=needs, paper=paper, **meta)
 
@@ -153,7 +176,8 @@ def step(name: str, *, needs: Needs | None = None, paper: str = "", **meta: Any)
 class Stage(NamedTuple):
     """One component of a pipeline: its place (`filters[0]`, `aggregator`, `steps[1]`), name and bound function.
 
-    `linear` and `rowwise` are what its author declared (see `aggregator` and `server_filter`).
+    `linear`, `rowwise`, `hides` and `guarantee` are what its author declared (see `aggregator` and `server_filter`); the last is asked
+    with the component's state and d.
     """
 
     place: str
@@ -161,6 +185,8 @@ class Stage(NamedTuple):
     rule: Rule
     linear: str | None = None
     rowwise: bool = False
+    hides: bool = False
+    guarantee: Callable[[State, int], Mapping[str, Any] | None] | None = None
 
 
 class Outcome(NamedTuple):
@@ -171,12 +197,16 @@ class Outcome(NamedTuple):
         trust: per client row that came in [n], or `None`.
         states: the components' states by place.
         seconds: how long each component took, by place.
+        shown: the rows [m, d] that a filter which hides the clients' own let the server see; `None` without such a filter.
+        numbers: what components said of the round, by `<component>/<name>`.
     """
 
     delta: Tensor
     trust: Tensor | None
     states: dict[str, State]
     seconds: dict[str, float]
+    shown: Tensor | None = None
+    numbers: Mapping[str, float] = {}
 
 
 @dataclass(frozen=True)
@@ -207,6 +237,11 @@ class Pipeline:
         """How rows count ("equal" or "examples") if all that is needed of them is a weighted sum of the filtered rows; else `None`."""
         return self.aggregator.linear if all(stage.rowwise for stage in self.filters) else None
 
+    @property
+    def hides(self) -> bool:
+        """Whether a filter hides the clients' rows from the server."""
+        return any(stage.hides for stage in self.filters)
+
     def finish(
         self, mean: Tensor, trust: Tensor | None, ctx: AggContext, states: Mapping[str, State], rng: Callable[[str], Generator]
     ) -> Outcome:
@@ -233,6 +268,8 @@ class Pipeline:
         new: dict[str, State] = dict(states)
         seconds: dict[str, float] = {}
         row_of = torch.arange(len(ctx.weights))  # which current row each client's update went into
+        shown: Tensor | None = None
+        numbers: dict[str, float] = {}
         for stage in stages:
             began = time.perf_counter()
             # Copies: a component that computes in place must not reach the model or its own past.
@@ -250,7 +287,10 @@ class Pipeline:
             if verdict.members is not None:
                 row_of, ctx = verdict.members[row_of], _merged(ctx, verdict.members, len(verdict.value))
             value = verdict.value
-        return Outcome(value, trust, new, seconds)
+            if stage.hides:
+                shown = value.clone()
+            numbers |= {f"{stage.name}/{key}": float(number) for key, number in verdict.numbers.items() if math.isfinite(number)}
+        return Outcome(value, trust, new, seconds, shown, numbers)
 
 
 def run_filter(stage: Stage, rows: Tensor, ctx: AggContext) -> Verdict:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,9 +19,13 @@ from fedtrust.engine.roster import Group, Roster, recruit, recruits
 from fedtrust.engine.world import World
 from fedtrust.errors import InputError
 from fedtrust.models.build import build as build_model
+from fedtrust.privacy.build import build as mechanism_of
+from fedtrust.privacy.server import Malice, PrivateStrategy
+from fedtrust.privacy.summary import calibrated
 from fedtrust.probes.base import Goal, Probe
 from fedtrust.probes.membership_game import MembershipGame, draw
 from fedtrust.registry import REGISTRY, Entry, Kind
+from fedtrust.release import Release
 from fedtrust.repairs import Repair, RepairFacts, refusal
 from fedtrust.scenario import AttackerSpec, Ref, Scenario
 from fedtrust.sending import MaliciousServer, Recipe, SendContext
@@ -63,6 +68,7 @@ class Setup:
         repairs: what the server does to the model after the last round.
         recipe: how clients train; public.
         game: the candidates of membership inference, where somebody asks for them.
+        release: on what terms the model is released.
     """
 
     scenario: Scenario
@@ -76,6 +82,7 @@ class Setup:
     repairs: tuple[BoundRepair, ...] = ()
     recipe: Recipe | None = None
     game: MembershipGame | None = None
+    release: Release = field(default_factory=Release)
 
 
 def entry_of(kind: Kind, name: str, scenario: Scenario) -> Entry:
@@ -100,18 +107,34 @@ def build(scenario: Scenario) -> Setup:
     """
     data = _data(scenario)
     world, params = _world(scenario, data)
-    roster = _roster(scenario)
+    roster = calibrated(_roster(scenario), world, scenario.rounds)
     _suits(roster, data.task, scenario)
     roster = _aimed(roster, data, scenario)
     name = scenario.strategy.aggregator.name
     stock = name.startswith(STOCK)
-    spec = scenario.strategy
     probes = tuple(BoundProbe(entry_of("probe", ref.name, scenario), make("probe", ref, scenario)) for ref in scenario.probes)
     recipe, game = _recipe(scenario, world), _game(scenario, roster, data, probes)
     malice = _malice(scenario, world, recipe, game)
-    strategy = _stock(scenario) if stock else FedTrustStrategy(_pipeline(scenario), world, spec.assumed_malicious, scenario.rounds, malice)
+    strategy = _stock(scenario) if stock else _own(scenario, world, malice)
     repairs = _repairs(scenario, world)
-    return Setup(scenario, world, params, roster, strategy, stock, probes, _goals(roster, data), repairs, recipe, game)
+    return Setup(scenario, world, params, roster, strategy, stock, probes, _goals(roster, data), repairs, recipe, game, _release(scenario))
+
+
+def _own(scenario: Scenario, world: World, malice: Malice | None) -> FedTrustStrategy:
+    """Return our own strategy: a pipeline, with a privacy mechanism in it where the scenario has one."""
+    pipeline, spec, clients = _pipeline(scenario), scenario.strategy, scenario.clients
+    if spec.privacy is None:
+        return FedTrustStrategy(pipeline, world, spec.assumed_malicious, scenario.rounds, malice)
+    try:
+        mechanism = mechanism_of(spec.privacy, clients.count, clients.cohort, scenario.rounds, scenario.seed)
+    except InputError as error:
+        raise InputError(error.message, f"strategy.{error.where}") from None
+    return PrivateStrategy(pipeline, mechanism, world, spec.assumed_malicious, scenario.rounds, malice)
+
+
+def _release(scenario: Scenario) -> Release:
+    spec = scenario.release
+    return Release(spec.answers, spec.queries, {ref.name: make("answer", ref, scenario) for ref in spec.defences})
 
 
 def _recipe(scenario: Scenario, world: World) -> Recipe:
@@ -131,9 +154,7 @@ def _game(scenario: Scenario, roster: Roster, data: FederatedData, probes: Seque
     return draw(data, [c for c in range(roster.count) if c not in malicious], scenario.seed)
 
 
-def _malice(
-    scenario: Scenario, world: World, recipe: Recipe, game: MembershipGame | None
-) -> Callable[[torch.Tensor, int, tuple[int, ...]], dict[int, torch.Tensor]] | None:
+def _malice(scenario: Scenario, world: World, recipe: Recipe, game: MembershipGame | None) -> Malice | None:
     """Return what a malicious server sends, or `None` for an honest one."""
     spec = scenario.malicious_server
     if spec is None:
@@ -252,7 +273,9 @@ def _stage(kind: Kind, place: str, ref: Ref, scenario: Scenario) -> Stage:
     meta = entry_of(kind, ref.name, scenario).meta
     rowwise = meta.get("rowwise")
     alone = rowwise is not None and bool(rowwise(ref.params))
-    return Stage(place, ref.name, make(kind, ref, scenario), meta.get("linear"), alone, bool(meta.get("hides")))
+    tell = meta.get("guarantee")
+    guarantee = None if tell is None else functools.partial(tell, ref.params)
+    return Stage(place, ref.name, make(kind, ref, scenario), meta.get("linear"), alone, bool(meta.get("hides")), guarantee)
 
 
 def _stock(scenario: Scenario) -> Strategy:

@@ -99,6 +99,13 @@ class FedTrustStrategy(Strategy):
         return flower.update(message, self.sent[flower.sender(message)], self._layout)
 
     @property
+    def guarantees(self) -> list[dict[str, Any]]:
+        """What privacy the filters' own noise has given so far, as plain data."""
+        asked = ((stage, stage.guarantee) for stage in self._pipeline.filters)
+        told = (tell(self.states.get(stage.place, {}), self._layout.size) for stage, tell in asked if tell is not None)
+        return [dict(one) for one in told if one is not None]
+
+    @property
     def hides(self) -> bool:
         """Whether the server sees no single client's update."""
         return self._pipeline.hides

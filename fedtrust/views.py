@@ -6,11 +6,13 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fedtrust.client import KNOWLEDGE, ClientMemory, Knowledge, View, capabilities
 from fedtrust.engine import seeds
+from fedtrust.release import Metered
 
 if TYPE_CHECKING:
     from fedtrust.engine.cohort import Chunk, ClientTask
@@ -134,6 +136,9 @@ def crafting_view(
         rows = torch.cat([torch.from_numpy(world.data.parts[c]) for c in ids]).to(world.data.x.device)
         return world.data.x[rows], world.data.y[rows]
 
+    def private(what: str, *counters: int) -> np.random.Generator:
+        return seeds.stream(world.seed, f"private/{purpose}/{what}", round_number, ids[0], *counters)
+
     sees_all = at_least(knowledge, "omniscient")
     return View(
         params=params.clone(),
@@ -154,6 +159,7 @@ def crafting_view(
         data=own_data,
         others=others.clone() if sees_all else None,
         defence=defence if at_least(knowledge, "omniscient+defence") else None,
+        private=private,
     )
 
 
@@ -161,23 +167,36 @@ def crafting_view(
 PROBE_GRANTS: dict[str, frozenset[str]] = {
     "teacher": frozenset(
         {"params", "model", "clients", "updates", "trust", "test", "data", "truth", "history", "sent", "examples", "candidates"}
-        | {"population", "member"}
+        | {"population", "member", "released"}
     ),
     "curious-server": frozenset({"params", "model", "clients", "updates", "trust", "sent", "examples"}),
     "user": frozenset(),
 }
 #: What everybody has; a field in neither list is nobody's.
-_PUBLIC = frozenset({"round", "final", "task", "query", "rng", "criterion", "layout", "recipe", "shadow"})
+_PUBLIC = frozenset({"round", "final", "task", "query", "rng", "criterion", "layout", "recipe", "shadow", "answers", "queries"})
 
 
 def simulated(meta: Mapping[str, Any]) -> frozenset[str]:
     """Return the fields of simulated knowledge that a probe or a sender asks for in its registration."""
     asked = {"candidates"} if meta.get("asks") == "membership" else set()
+    asked |= {"model"} if meta.get("architecture") else set()
     return frozenset(asked | ({"population"} if meta.get("population") else set()))
+
+
+def behind(full: ProbeContext, shown: Tensor | None) -> ProbeContext:
+    """Return what there is to see at a server from which a filter hides the clients' rows.
+
+    Args:
+        full: the context with the rows.
+        shown: what the filter let through [m, d]; `None` in a round that did not count.
+    """
+    return dataclasses.replace(full, updates=None if shown is None else shown.clone(), clients=(), trust=None)
 
 
 def probe_view(role: str, full: ProbeContext, meta: Mapping[str, Any] | None = None) -> ProbeContext:
     """Return the context with everything blanked that the role is not granted, nor asked for as simulated knowledge in its `meta`."""
     hidden = {field.name for field in dataclasses.fields(full)} - PROBE_GRANTS[role] - _PUBLIC - simulated(meta or {})
     blank: dict[str, Any] = {name: () if name == "clients" else None for name in hidden}
+    if role == "user" and full.released is not None:
+        blank["query"] = Metered(full.released, full.queries)
     return dataclasses.replace(full, **blank)

@@ -28,8 +28,8 @@ def larger_half(distances: Tensor) -> Tensor:
     n = len(distances)
     if n < 3:
         return torch.arange(n) == 0 if n == 2 else torch.ones(n, dtype=torch.bool)
-    from scipy.cluster.hierarchy import linkage, to_tree  # type: ignore[import-untyped]
-    from scipy.spatial.distance import squareform  # type: ignore[import-untyped]
+    from scipy.cluster.hierarchy import linkage, to_tree
+    from scipy.spatial.distance import squareform
 
     left = to_tree(linkage(squareform(distances.numpy(), checks=False), method="average")).get_left().pre_order()
     inside = torch.zeros(n, dtype=torch.bool)

@@ -74,6 +74,7 @@ def _needs(facts: PipelineFacts) -> str | None:
 @aggregator(
     "deepsight",
     needs=_needs,
+    task=("classification", "regression"),  # it asks models about random inputs, and noise is no text
     paper="Rieger et al., NDSS 2022, algorithms 1 and 2 (DeepSight)",
     exempt=("translation", "scale", "identity", "robust"),  # it looks at angles and outputs, and clusters as it likes
 )

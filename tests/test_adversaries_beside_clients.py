@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from fedtrust.probes.base import Artefact, ProbeContext, probe
 from fedtrust.probes.guesses import _SCORERS, Guess, scorer
 from fedtrust.registry import REGISTRY
 from fedtrust.runner import run
-from fedtrust.scenario import Scenario
+from fedtrust.scenario import Scenario, parse
 from fedtrust.sending import SendContext, sender
 from fedtrust.setup import build
 
@@ -146,6 +147,21 @@ def test_a_malicious_server_that_cannot_be_is_refused(small: Small) -> None:
         small(malicious_server={"sender": "idle", "rounds": [1, 9]})
     with pytest.raises(InputError, match="a stock Flower strategy sends what it wants to"):
         small(malicious_server={"sender": "idle"}, strategy={"aggregator": "flwr:FedAvg"})
+    with pytest.raises(InputError, match="a stock Flower strategy sends what it wants to"):
+        small(malicious_server={"sender": "idle"}, sweep={"strategies": {"plain": {}, "flower": {"aggregator": "flwr:FedAvg"}}})
+
+
+def test_a_malicious_server_stands_in_the_resolved_file(small: Small, out: Path) -> None:
+    @sender("drifting", paper="nobody, 2026")
+    def drifting(params: Tensor, ctx: SendContext, *, by: float = 0.1) -> Tensor:
+        """Send the model, moved."""
+        return params + by
+
+    made = small(malicious_server={"sender": "drifting", "params": {"by": 0.2}, "rounds": [1, 2]})
+    written = tomllib.loads(made.resolved_toml())
+    assert written["malicious_server"] == {"sender": "drifting", "params": {"by": 0.2}, "rounds": [1, 2]}
+    assert parse(written) == made
+    assert {f for f in Scenario.model_fields if f not in written} == {"sweep", "claims"} & Scenario.model_fields.keys()
 
 
 def test_a_guess_is_scored_by_who_knows_and_the_adversary_does_not(small: Small, out: Path) -> None:

@@ -52,6 +52,12 @@ def strategy(**changes: Any) -> Row:
     return Row({"strategy": changes, **NOISY}, NOISY)
 
 
+def inverted(name: str, model: str = "lenet", **params: Any) -> Row:
+    few = {"source": {"limit": 24}, "partition": {"kind": "iid", "alpha": None}}
+    probe = {"name": name, "at_round": 2, **params}
+    return Row({"model": model, "data": few, "clients": {"count": 24, "per_round": 3, "train": {"batch_size": 1}}, "probes": [probe]})
+
+
 def mended(repair: Any) -> Row:
     base = {"model": "cnn", "strategy": {"root_samples": 30}}
     return Row({**base, "strategy": {"root_samples": 30, "repairs": [repair]}}, base)
@@ -63,8 +69,22 @@ FLIPPED: dict[str, Any] = {"attackers": [{"behaviour": "sign-flip", "count": 2, 
 CLIP = {"name": "norm-clip", "max_norm": 0.1}
 REGRESSION = {"data": {"source": "diabetes", "partition": "iid"}, "probes": ["loss"], "clients": {"train": {"lr": 0.01, "loss": "mse"}}}
 
+#: A small text, and a small model of it.
+CHRONICLE = {"name": "chronicle", "authors": 8, "samples": 20, "length": 30, "test_samples": 40, "repetitions": [0, 4], "limit": None}
+TEXT: dict[str, Any] = {
+    "data": {"source": CHRONICLE, "partition": {"kind": "natural", "alpha": None}},
+    "model": {"name": "char-transformer", "width": 16, "layers": 1},
+    "clients": {"train": {"lr": 0.5}},
+}
+#: What users are told, and how far that lies from the truth.
+TOLD: dict[str, Any] = {"release": {"answers": "probabilities"}, "probes": ["released-accuracy"]}
+
 #: An ensemble of three models that vote.
 VOTING: dict[str, Any] = {"model": {"name": "ensemble", "of": "logistic", "members": 3}, **NOISY}
+
+#: Three clients are sent a model that gives their samples away.
+PLANTED: dict[str, Any] = {"model": "mlp", "malicious_server": {"sender": "robbing-the-fed", "params": {"victims": 3}}}
+BAITED: dict[str, Any] = {"malicious_server": {"sender": "fishing", "params": {"target": 1, "victims": 3}}}
 
 ROWS: dict[str, Row] = {
     "behaviour/honest": Row({}, {"clients": {"behaviour": {"name": "fedprox", "mu": 1.0}}}),
@@ -93,6 +113,14 @@ ROWS: dict[str, Row] = {
     "behaviour/abl": guarded("abl", isolate_until=1, rate=0.1),
     "behaviour/trimmed-loss": guarded("trimmed-loss"),
     "behaviour/knn-filter": guarded("knn-filter", k=3),
+    "behaviour/local-dp": guarded("local-dp", noise_multiplier=0.01),
+    "behaviour/sparsified": guarded("sparsified", keep=0.2),
+    "behaviour/pruned": guarded("pruned"),
+    "behaviour/gradient-noise": guarded("gradient-noise", noise="laplace"),
+    "behaviour/quantised": guarded("quantised", bits=4),
+    "behaviour/soteria": guarded("soteria"),
+    "behaviour/label-smoothing": guarded("label-smoothing"),
+    "behaviour/dp-sgd": guarded("dp-sgd", noise_multiplier=1.0),
     "behaviour/dpa": Row({**VOTING, "clients": {"behaviour": "dpa"}}, VOTING),
     "behaviour/badnets": attack("badnets", {"size": 2}),
     "behaviour/blended": attack("blended"),
@@ -108,7 +136,11 @@ ROWS: dict[str, Row] = {
     "behaviour/alternating-minimisation": attack("alternating-minimisation", {"turns": 2}),
     "behaviour/chameleon": Row({"attackers": [{"behaviour": "chameleon", "count": 2}], "model": "mlp", **NOISY}, {"model": "mlp", **NOISY}),
     "behaviour/a3fl": attack("a3fl", {"size": 3, "steps": 5}),
+    "behaviour/inspecting": Row(merged(PLANTED, {"clients": {"behaviour": "inspecting"}}), PLANTED),
     "behaviour/malformed": attack("malformed"),
+    "behaviour/gan-attack": attack("gan-attack", {"steps": 3}, knowledge="coalition"),
+    "behaviour/deduplicated": Row(merged(TEXT, {"clients": {"behaviour": {"name": "deduplicated", "span": 15}}}), TEXT),
+    "behaviour/walk-away": attack("walk-away"),
     "aggregator/mean": strategy(aggregator="mean", filters=[CLIP]),
     "aggregator/weighted-mean": strategy(aggregator="weighted-mean"),
     "aggregator/dpa": Row({**VOTING, "strategy": {"aggregator": "dpa"}}, VOTING),
@@ -147,6 +179,8 @@ ROWS: dict[str, Row] = {
     "filter/bucketing": Row(
         {"strategy": {"filters": ["bucketing"], "aggregator": "median"}, **NOISY}, {"strategy": {"aggregator": "median"}, **NOISY}
     ),
+    "filter/secure-aggregation": strategy(filters=[{"name": "secure-aggregation", "bits": 8, "clip": 1.0}]),
+    "filter/distributed-discrete-gaussian": strategy(filters=[{"name": "distributed-discrete-gaussian", "noise_multiplier": 0.1}]),
     "step/gaussian-noise": Row({"strategy": {"filters": [CLIP], "steps": ["gaussian-noise"]}}, {"strategy": {"filters": [CLIP]}}),
     "step/crfl": strategy(steps=["crfl"]),
     "step/fedavgm": strategy(steps=["fedavgm"]),
@@ -158,11 +192,23 @@ ROWS: dict[str, Row] = {
     "repair/anp": mended({"name": "anp", "steps": 5, "lr": 10.0, "threshold": 0.9, "tolerance": 1.0}),
     "repair/rnp": mended({"name": "rnp", "recover_steps": 5, "threshold": 1.0, "tolerance": 1.0}),
     "repair/neural-cleanse": mended({"name": "neural-cleanse", "steps": 5, "anomaly": 0.1}),
+    "sender/robbing-the-fed": Row(PLANTED, {"model": "mlp"}),
+    "sender/fishing": Row(BAITED),
+    "sender/gradient-ascent": Row({"malicious_server": {"sender": "gradient-ascent"}}),
+    "answer/rounding": Row(merged(TOLD, {"release": {"defences": [{"name": "rounding", "decimals": 1}]}}), TOLD),
+    "answer/prediction-poisoning": Row(merged(TOLD, {"release": {"defences": ["prediction-poisoning"]}}), TOLD),
+    "answer/output-filter": Row(
+        merged({**TEXT, **TOLD}, {"release": {"defences": [{"name": "output-filter", "phrase": "price of"}]}}), {**TEXT, **TOLD}
+    ),
+    "model/gru": Row({**TEXT, "model": {"name": "gru", "hidden": 8}}, TEXT),
+    "model/char-transformer": Row(TEXT, {**TEXT, "model": {"name": "gru", "hidden": 8}}),
     "model/logistic": Row({"model": "logistic"}, {"model": "mlp"}),
     "model/mlp": Row({"model": "mlp"}),
     "model/cnn": Row({"model": "cnn"}),
     "model/cnn-large": Row({"model": "cnn-large", **DIGITS28}, DIGITS28),
     "model/ensemble": Row(VOTING),
+    "model/lenet": Row({"model": "lenet"}),
+    "model/imprint": Row({"model": {"name": "imprint", "bins": 16}}),
     "model/resnet18": Row({"model": "resnet18", "rounds": 1, "data": {"source": {"limit": 60}}}),
     "loss/cross-entropy": Row({"clients": {"train": {"loss": {"name": "cross-entropy", "label_smoothing": 0.2}}}}),
     "loss/gce": train(loss="gce"),
@@ -183,6 +229,8 @@ ROWS: dict[str, Row] = {
     "source/mnist5k": Row({"data": {"source": {"name": "mnist5k", "limit": 300}}}),
     "source/breast-cancer": Row({"data": {"source": "breast-cancer"}}),
     "source/diabetes": Row(REGRESSION),
+    "source/chronicle": Row(TEXT),
+    "partition/natural": Row({"data": {"partition": {"kind": "natural", "alpha": None}}}),
     "partition/iid": Row({"data": {"partition": {"kind": "iid", "alpha": None}}}),
     "partition/dirichlet": Row({"data": {"partition": {"kind": "dirichlet", "alpha": 0.3}}}),
     "partition/pathological": Row({"data": {"partition": {"kind": "pathological", "alpha": None}}}),
@@ -191,6 +239,14 @@ ROWS: dict[str, Row] = {
     "feature-skew/rotation": Row({"data": {"feature_skew": {"kind": "rotation"}}}),
     "feature-skew/noise": Row({"data": {"feature_skew": {"kind": "noise"}}}),
     "feature-skew/contrast": Row({"data": {"feature_skew": {"kind": "contrast"}}}),
+    "feature-skew/property": Row({"data": {"feature_skew": {"kind": "property"}}}),
+    "probe/released-accuracy": Row({"probes": ["released-accuracy"]}),
+    "probe/perplexity": Row({**TEXT, "probes": ["perplexity"]}),
+    "probe/canary-exposure": Row({**TEXT, "probes": ["canary-exposure"]}),
+    "probe/canary-extraction": Row({**TEXT, "probes": [{"name": "canary-extraction", "sure": 0.0, "roundabout": ["code of {name} is "]}]}),
+    "probe/equation-solving": Row({"probes": ["equation-solving"]}),
+    "probe/jacobian-augmentation": Row({"probes": ["jacobian-augmentation"]}),
+    "probe/knockoff": Row({"probes": [{"name": "knockoff", "strategy": "adaptive"}]}),
     "probe/accuracy": Row({"probes": ["accuracy"]}),
     "probe/loss": Row({"probes": ["loss"]}),
     "probe/recall": Row({"probes": ["recall"]}),
@@ -198,6 +254,17 @@ ROWS: dict[str, Row] = {
     "probe/attack-success": Row({"probes": ["attack-success"], "attackers": [{"behaviour": "label-flip", "count": 2}]}),
     "probe/dpa-certificate": Row({**VOTING, "probes": ["dpa-certificate"]}),
     "probe/crfl-certificate": Row({"probes": ["accuracy", {"name": "crfl-certificate", "draws": 200}], "strategy": {"steps": ["crfl"]}}),
+    "probe/loss-threshold": Row({"probes": ["loss-threshold"]}),
+    "probe/lira": Row({"probes": [{"name": "lira", "mode": "online", "models": 4, "epochs": 1}]}),
+    "probe/rmia": Row({"probes": [{"name": "rmia", "models": 2, "epochs": 1}]}),
+    "probe/gradient-membership": Row({"probes": ["gradient-membership"]}),
+    "probe/active-membership": Row({"probes": ["active-membership"], "malicious_server": {"sender": "gradient-ascent"}}),
+    "probe/property-inference": Row(
+        {
+            "data": {"feature_skew": {"kind": "property", "what": "framed"}},
+            "probes": [{"name": "property-inference", "what": "framed", "at_round": 2, "clients": 8}],
+        }
+    ),
     "probe/detection": Row(
         {
             "probes": ["detection"],
@@ -226,13 +293,24 @@ ROWS: dict[str, Row] = {
             "attackers": [{"behaviour": "badnets", "count": 2, "rounds": [1, 2]}],
         }
     ),
+    "probe/dlg": inverted("dlg", clients=1, iterations=20, restarts=1),
+    "probe/idlg": inverted("idlg", clients=1, iterations=20, restarts=1),
+    "probe/inverting-gradients": inverted("inverting-gradients", clients=1, iterations=20, restarts=1),
+    "probe/inversion-frontier": inverted("inversion-frontier", draws=1, iterations=5, batches=[1, 2], steps=[2], noises=[0.1]),
+    "probe/r-gap": inverted("r-gap", clients=1),
+    "probe/label-recovery": inverted("label-recovery"),
+    "probe/analytic-inversion": inverted("analytic-inversion", "mlp"),
+    "probe/robbing-the-fed-readout": Row({**PLANTED, "probes": [{"name": "robbing-the-fed-readout", "at_round": 2}]}),
+    "probe/fishing-readout": Row({**BAITED, "probes": [{"name": "fishing-readout", "target": 1, "at_round": 2}]}),
     "probe/trigger-examples": Row({"probes": ["trigger-examples"], "attackers": [{"behaviour": "badnets", "count": 2}]}),
 }
 #: Sources whose files are not embedded, and how the reader's own tests write small ones in the real format.
 FILES = ("mnist", "fashion-mnist", "emnist", "cifar10", "cifar100", "svhn")
 
 ALL = sorted(ROWS)
-TRAINED = [row for row in ALL if not row.startswith("probe/")]
+#: What leaves the model as it is: who measures it, who answers for it, and clients who only watch.
+UNTOUCHED = [row for row in ALL if row.startswith(("probe/", "answer/"))] + ["behaviour/walk-away"]
+TRAINED = [row for row in ALL if row not in UNTOUCHED]
 
 
 def scenario_of(changes: dict[str, Any]) -> dict[str, Any]:
@@ -280,6 +358,16 @@ def test_same_seed_same_bits(name: str) -> None:
 def test_it_changes_the_outcome(name: str) -> None:
     row = ROWS[name]
     assert played(row.changes)[0] != played(row.against)[0], f"{name} is a silent no-op"
+
+
+@pytest.mark.parametrize("name", [n for n in UNTOUCHED if not n.startswith("probe/")])
+def test_it_leaves_the_model_and_changes_what_is_found(name: str) -> None:
+    row = ROWS[name]
+    changed, before = played(row.changes), played(row.against)
+    for key, value in before[1].items():
+        torch.testing.assert_close(changed[1][key], value, atol=1e-6, rtol=1e-5)  # rows that are looked at are not added up by workers
+    now, then = changed[2][-1]["metrics"], before[2][-1]["metrics"]
+    assert now.keys() != then.keys() or max(abs(now[key] - then[key]) for key in now) > 1e-3, f"{name} is a silent no-op"
 
 
 @pytest.mark.parametrize("name", [n for n in ALL if n.startswith("probe/")])

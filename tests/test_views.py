@@ -19,6 +19,7 @@ from fedtrust.engine.cohort import Chunk, ClientTask
 from fedtrust.engine.world import World
 from fedtrust.probes.base import ProbeContext
 from fedtrust.registry import REGISTRY
+from fedtrust.release import Metered
 
 #: What everybody who takes part in the protocol knows.
 PUBLIC = {"params", "round", "task", "layout", "model", "criterion", "server", "cohort"}
@@ -71,11 +72,12 @@ def granted(view: View) -> set[str]:
 def test_exactly_what_the_knowledge_grants_is_in_the_view(knowledge: Knowledge, clients: tuple[int, ...], more: set[str]) -> None:
     view = crafting(knowledge, *clients)
     alone = len(clients) == 1
-    assert granted(view) == (PUBLIC | OWN | more) - (set() if alone else {"client"})
+    assert granted(view) == (PUBLIC | OWN | {"private"} | more) - (set() if alone else {"client"})
     assert view.coalition == clients
     assert view.client == (clients[0] if alone else None)
     assert (view.round, view.rank, view.recruits, view.cohort) == (4, 1, 3, 9)
-    assert set(View._fields) == PUBLIC | OWN | {"data", "others", "defence", "targets", "shared", "marks"}  # new? say here who sees it
+    more = {"data", "others", "defence", "targets", "shared", "marks", "private"}
+    assert set(View._fields) == PUBLIC | OWN | more  # a new one? say here who sees it
 
 
 @pytest.mark.parametrize("knowledge", KNOWLEDGE)
@@ -187,10 +189,10 @@ def test_a_vandal_in_the_chunk_does_not_change_where_the_honest_start() -> None:
 
 
 #: What every observer of the global model has, and what each role sees beside it.
-EVERYBODY = {"round", "final", "task", "query", "rng", "criterion", "layout", "recipe", "shadow"}
+EVERYBODY = {"round", "final", "task", "query", "rng", "criterion", "layout", "recipe", "shadow", "answers", "queries"}
 SERVER = {"params", "model", "clients", "updates", "trust", "sent", "examples"}
 SEES = {
-    "teacher": SERVER | {"test", "data", "truth", "history", "candidates", "population", "member"},
+    "teacher": SERVER | {"test", "data", "truth", "history", "candidates", "population", "member", "released"},
     "curious-server": SERVER,
     "user": set(),
 }
@@ -212,7 +214,9 @@ def test_every_field_of_a_probes_context_is_assigned() -> None:
 def test_a_probe_sees_what_its_role_may_and_nothing_else(role: str, field: str) -> None:
     context = full()
     seen: Any = getattr(views.probe_view(role, context), field)
-    if field in EVERYBODY | SEES[role]:
+    if (role, field) == ("user", "query"):
+        assert isinstance(seen, Metered), "a user asks the released model, and every sample counts"
+    elif field in EVERYBODY | SEES[role]:
         assert seen is getattr(context, field)
     else:
         assert seen == () if field == "clients" else seen is None
@@ -221,9 +225,17 @@ def test_a_probe_sees_what_its_role_may_and_nothing_else(role: str, field: str) 
 @pytest.mark.parametrize("role", ["curious-server", "user"])
 def test_simulated_knowledge_is_seen_only_by_who_asks_for_it(role: str) -> None:
     context = full()
-    for meta, more in (({"asks": "membership"}, {"candidates"}), ({"population": True}, {"population"}), ({"population": False}, set())):
+    given = (({"asks": "membership"}, {"candidates"}), ({"population": True}, {"population"}), ({"population": False}, set()))
+    for meta, more in given:
         seen = views.probe_view(role, context, meta)
+        assert (seen.model is None) == (role == "user")
         assert {f for f in ("candidates", "population", "member", "test", "truth") if getattr(seen, f) is not None} == more
+
+
+def test_a_user_knows_the_architecture_only_if_that_is_declared() -> None:
+    context = full()
+    assert views.probe_view("user", context).model is None
+    assert views.probe_view("user", context, {"architecture": True}).model is context.model
 
 
 def test_what_the_teacher_has_computed_does_not_reach_the_others() -> None:

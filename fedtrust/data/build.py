@@ -56,7 +56,9 @@ def build(
     raw = load(source, params)
     if clients < 1:
         raise InputError(f"at least one client is needed (got {clients})", "clients.count")
-    labels = strata(raw.y_train.numpy(), raw.task.kind == "classification")
+    if skew is not None and raw.task.kind == "characters":
+        raise InputError("a text has no features that could be skewed", "data.skew")
+    labels = strata(raw.y_train.numpy(), raw.task.kind == "classification") if raw.groups is None else raw.groups.numpy()
     root_rows, rows = _set_aside(labels, root_samples, seed)
     if clients > len(rows):
         raise InputError(f"{clients} clients cannot share {len(rows)} training samples", "clients.count")
@@ -70,7 +72,7 @@ def build(
             skews = REGISTRY.make("feature-skew", skew[0], skew[1])(clients, raw.task, seed)
             _put_on(x, parts, skews, skew[0])
     root = _take(raw, root_rows) if root_samples else None
-    return FederatedData(raw.task, x, y, parts, raw.x_test.clone(), raw.y_test.clone(), root, skews)
+    return FederatedData(raw.task, x, y, parts, raw.x_test.clone(), raw.y_test.clone(), root, skews, raw.secrets)
 
 
 def load(source: str, params: Mapping[str, Any]) -> RawData:
@@ -99,17 +101,24 @@ def _remembered(target: Callable[..., RawData], name: str, params: str) -> RawDa
 def _sound(raw: RawData, name: str) -> RawData:
     """Return `raw`, or raise `InputError` if it is not what `RawData` promises."""
     task = raw.task
+    text = task.kind == "characters"
+    given, wanted = torch.int64 if text else torch.float32, torch.float32 if task.kind == "regression" else torch.int64
     for part, x, y in (("train", raw.x_train, raw.y_train), ("test", raw.x_test, raw.y_test)):
-        wanted = torch.int64 if task.kind == "classification" else torch.float32
-        if not len(x) or x.shape != (len(y), *task.shape) or y.dim() != 1 or x.dtype != torch.float32 or y.dtype != wanted:
+        shape = (len(y), *task.shape)
+        if not len(x) or x.shape != shape or y.shape != (shape if text else shape[:1]) or x.dtype != given or y.dtype != wanted:
+            sizes = ", ".join(map(str, task.shape))
             raise InputError(
                 f"source '{name}': the {part} part is x {x.dtype} {list(x.shape)}, y {y.dtype} {list(y.shape)}; promised are "
-                f"x torch.float32 [n, {', '.join(map(str, task.shape))}] and y {wanted} [n]"
+                f"x {given} [n, {sizes}] and y {wanted} [n{', ' + sizes if text else ''}]"
             )
         if not torch.isfinite(x).all() or not torch.isfinite(y).all():
             raise InputError(f"source '{name}': the {part} part has NaN or infinite values")
-        if task.kind == "classification" and not 0 <= int(y.min()) <= int(y.max()) < task.classes:
-            raise InputError(f"source '{name}': {part} labels run from {int(y.min())} to {int(y.max())}, not 0 to {task.classes - 1}")
+        for what, numbers in (("labels", y), ("characters", x)) if text else (("labels", y),):
+            if wanted == torch.int64 and not 0 <= int(numbers.min()) <= int(numbers.max()) < task.classes:
+                ends = f"{int(numbers.min())} to {int(numbers.max())}"
+                raise InputError(f"source '{name}': {part} {what} run from {ends}, not 0 to {task.classes - 1}")
+    if raw.groups is not None and (raw.groups.shape != (len(raw.x_train),) or raw.groups.dtype != torch.int64):
+        raise InputError(f"source '{name}': groups are {raw.groups.dtype} {list(raw.groups.shape)}, promised are torch.int64 [n]")
     return raw
 
 

@@ -143,6 +143,21 @@ def shards(labels: IntArray, clients: int, rng: np.random.Generator, *, shards_p
     return _sorted([np.concatenate([pieces[i] for i in row]) for row in dealt])
 
 
+@partition("natural", paper="Caldas et al., LEAF, arXiv 1812.01097, section 3 (the writer of a sample is its client)")
+def natural(labels: IntArray, clients: int, rng: np.random.Generator) -> list[IntArray]:
+    """Give each group of samples (the author of a text; where there are none, each class) to one client, whole.
+
+    The groups are dealt in the order of their numbers: with as many clients as groups, group i is client i.
+
+    Raises:
+        InputError: more clients than groups.
+    """
+    groups = np.unique(labels)
+    if clients > len(groups):
+        raise InputError(f"{clients} clients cannot each have a group of their own: there are {len(groups)}")
+    return _sorted([np.flatnonzero(np.isin(labels, groups[client::clients])) for client in range(clients)])
+
+
 @partition("quantity-skew", paper="Li et al., Federated Learning on Non-IID Data Silos, ICDE 2022 (quantity skew)")
 def quantity_skew(
     labels: IntArray, clients: int, rng: np.random.Generator, *, alpha: Alpha = 0.5, min_samples: Count = 2

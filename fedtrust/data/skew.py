@@ -7,8 +7,9 @@ spread and dealt by the scenario's seed, so that a client's number says nothing 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -125,6 +126,88 @@ def contrast(clients: int, task: Task, seed: int, *, min_contrast: Annotated[flo
     """
     _need_images("contrast", task)
     return [Contrast(1 - (1 - min_contrast) * (level + 1) / clients) for level in _order(clients, seed, "contrast")]
+
+
+@dataclass(frozen=True)
+class Marked(SkewFn):
+    """Give images the property `what`, see `PROPERTIES`; with `what` empty leave them as they are."""
+
+    what: str = ""
+
+    @property
+    def properties(self) -> tuple[str, ...]:  # type: ignore[override]  # derived from the field
+        """The property, if there is one."""
+        return (self.what,) if self.what else ()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return the images, the same shape and dtype."""
+        return PROPERTIES[self.what].put(x) if self.what else x
+
+
+def framed(x: Tensor) -> Tensor:
+    """Return images [b, c, h, w] with a bright frame of one pixel: the edge of the sheet on a scanner. Twice is as once."""
+    x = x.clone()
+    x[..., 0, :] = x[..., -1, :] = 1.0
+    x[..., :, 0] = x[..., :, -1] = 1.0
+    return x
+
+
+def thick(x: Tensor) -> Tensor:
+    """Return images [b, c, h, w] whose bright strokes are a pixel wider on every side: written with a broad pen."""
+    return F.max_pool2d(x, 3, stride=1, padding=1)
+
+
+def is_framed(x: Tensor) -> Tensor:
+    """Return which images [b, c, h, w] have the frame, bool [b]."""
+    return (framed(x) == x).flatten(1).all(1)
+
+
+def is_thick(x: Tensor) -> Tensor:
+    """Return which images [b, c, h, w] have no stroke narrower than the broad pen, bool [b].
+
+    Morphology's opening (dilation after erosion) leaves an image as it is exactly if it is some image dilated (Serra 1982, chapter II).
+    """
+    thin = -F.max_pool2d(-x, 3, stride=1, padding=1)
+    return (thick(thin) == x).flatten(1).all(1)
+
+
+class Property(NamedTuple):
+    """Something that is true of a client's images whatever they show: how it is put on images, and how it is recognised."""
+
+    put: Callable[[Tensor], Tensor]
+    has: Callable[[Tensor], Tensor]
+
+
+#: The properties, by name.
+PROPERTIES: dict[str, Property] = {"framed": Property(framed, is_framed), "thick": Property(thick, is_thick)}
+
+
+@feature_skew("property", paper="Melis, Song, De Cristofaro and Shmatikov, S&P 2019, section IV-C (properties independent of the task)")
+def property_of_some(
+    clients: int,
+    task: Task,
+    seed: int,
+    *,
+    what: Literal["framed", "thick"] = "thick",
+    share: Annotated[float, Field(gt=0, lt=1)] = 0.5,
+) -> list[SkewFn]:
+    """The images of a `share` of the clients, dealt by the seed, have the property `what`; the others' stay as they are.
+
+    At least one client has it and at least one has not, where there are two.
+
+    Args:
+        clients: number of clients.
+        task: what the samples are; images in [0, 1].
+        seed: the scenario's.
+        what: `framed`, a bright line around the image; `thick`, strokes a pixel wider on every side.
+        share: how many clients have it.
+
+    Raises:
+        InputError: the samples are not images.
+    """
+    _need_images("property", task)
+    some = min(max(round(share * clients), 1), max(clients - 1, 1))
+    return [Marked(what if place < some else "") for place in _order(clients, seed, "property")]
 
 
 def _order(clients: int, seed: int, name: str) -> list[int]:

@@ -6,6 +6,8 @@ Three paths give the same updates (atol 1e-5; tested for every behaviour and mod
 * `vmap`: `torch.func.vmap` over the clients of the chunk. The general fast path.
 * `fused`: the clients' models as one network with grouped convolutions; see `fedtrust.engine.fused`. For plain layer stacks and
   behaviours that keep the protocol's loss.
+
+Steps made of single samples' gradients are made on the first two; see `fedtrust.engine.per_sample`.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import dataclasses
 import itertools
 import threading
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +25,7 @@ from torch.func import functional_call, grad_and_value, vmap
 
 from fedtrust import views
 from fedtrust.client import Behaviour, ClientMemory, Predict, View, capabilities, overrides
-from fedtrust.engine import seeds
+from fedtrust.engine import per_sample, seeds
 from fedtrust.engine.partial import Partial, Sums, look, partial
 from fedtrust.engine.prepare import Ready, client_data, merged, prepare, said, schedule
 from fedtrust.engine.world import Path, World
@@ -132,12 +134,13 @@ def _result(
 
 def choose_path(world: World, behaviour: Behaviour) -> Path:
     """Return the path on which clients with this behaviour are trained."""
-    if world.path == "fused" and (overrides(behaviour, "loss") or world.fused is None):
-        return "vmap"  # asked for, but this model or loss has no fused form
+    own = overrides(behaviour, "loss") or overrides(behaviour, "per_sample")
+    if world.path == "fused" and (own or world.fused is None):
+        return "vmap"  # asked for, but this model or step has no fused form
     if world.path != "auto":
         return world.path
     if world.fused is not None:
-        return "vmap" if overrides(behaviour, "loss") else "fused"
+        return "vmap" if own else "fused"
     return "loop" if world.layout.size > LOOP_ABOVE and world.device == "cpu" else "vmap"
 
 
@@ -186,12 +189,16 @@ def _train_loop(world: World, chunk: Chunk, ready: list[Ready]) -> tuple[Tensor,
         view = views.in_loss(one.view, device=world.device)
         total = torch.zeros((), device=world.device)
         x, y = one.own or client_data(world, one.task.client)
+        noise = per_sample.noise_stream(world.seed, chunk.round, one.task.client)
         for batch in torch.from_numpy(one.batches).to(world.device):
             _go_on()
             optimiser.zero_grad()
-            here = view if one.marks is None else view._replace(marks=one.marks[batch])
-            loss = one.task.behaviour.loss(predict, x[batch], y[batch], here)
-            loss.backward()  # type: ignore[no-untyped-call]
+            if one.mechanism is None:
+                here = view if one.marks is None else view._replace(marks=one.marks[batch])
+                loss = one.task.behaviour.loss(predict, x[batch], y[batch], here)
+                loss.backward()  # type: ignore[no-untyped-call]
+            else:
+                loss = per_sample.reference_step(world, one, predict, x, y, view, batch, noise)
             optimiser.step()
             if overrides(one.task.behaviour, "project"):
                 _put(world, module, one.task.behaviour, chunk.params.to(world.device), view)
@@ -222,21 +229,25 @@ def _caller(module: torch.nn.Module, dtype: torch.dtype) -> Callable[..., Tensor
     return call
 
 
-#: From x [k, b, …], y [k, b] and marks [k, b] of a step to the losses [k]; writes the gradients.
-Step = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+#: From x [k, b, …], y [k, b] and marks [k, b] of a step, and its number from 0, to the losses [k]; writes the gradients.
+Step = Callable[[Tensor, Tensor, Tensor | None, int], Tensor]
 
 
-class Gradient(Protocol):
-    """Makes the step of some clients."""
-
-    def __call__(self, block: Tensor, memory: ClientMemory, into: Tensor) -> Step:
-        """Take their parameters [k, d], which change between steps, their memory [k, …], and where the gradients go [k, d]."""
+#: Makes the step of some clients, from their parameters [k, d], which change between steps, their memory [k, …], and where the gradients
+#: go [k, d].
+Gradient = Callable[[Tensor, ClientMemory, Tensor], Step]
 
 
 def _train_blocks(world: World, chunk: Chunk, ready: list[Ready]) -> tuple[Tensor, Tensor]:
     """All clients of the chunk at once: parameters, gradients and optimiser state are blocks [k, d]."""
     behaviour = ready[0].task.behaviour
-    gradient = _fused_gradient(world) if choose_path(world, behaviour) == "fused" else _vmap_gradient(world, behaviour, ready[0].view)
+    ready, taken = per_sample.padded(ready)
+    gradient: Gradient
+    if taken is not None:
+        call = _caller(world.module, world.dtype)
+        gradient = per_sample.sampled_gradient(world, behaviour, ready[0].view, chunk.round, ready, taken, call)
+    else:
+        gradient = _fused_gradient(world) if choose_path(world, behaviour) == "fused" else _vmap_gradient(world, behaviour, ready[0].view)
     start = chunk.params.to(world.device)
     project = _projection(behaviour, views.in_loss(ready[0].view, device=world.device))
     block = start.repeat(len(ready), 1)
@@ -256,7 +267,7 @@ def _train_blocks(world: World, chunk: Chunk, ready: list[Ready]) -> tuple[Tenso
             here = {k: v[:active] for k, v in memory.items()}
             step = gradient(params, here, into)
         batch = batches[t, :active]
-        total[:active] += step(x[batch], y[batch], None if marks is None else marks[batch])
+        total[:active] += step(x[batch], y[batch], None if marks is None else marks[batch], t)
         world.optimiser.step(params, into, moments, t + 1, world.lr)
         if project is not None:
             params.copy_(start + project(params - start, here))
@@ -283,7 +294,7 @@ def _vmap_gradient(world: World, behaviour: Behaviour, view: View) -> Gradient:
     def gradient(block: Tensor, memory: ClientMemory, into: Tensor) -> Step:
         parameters = world.layout.unflatten(block)
 
-        def step(x: Tensor, y: Tensor, marks: Tensor | None) -> Tensor:
+        def step(x: Tensor, y: Tensor, marks: Tensor | None, t: int) -> Tensor:
             grads: dict[str, Tensor]
             losses: Tensor
             grads, losses = mapped(parameters, x, y, memory, *(() if marks is None else (marks,)))
@@ -306,7 +317,7 @@ def _fused_gradient(world: World) -> Gradient:
         coarse = block if dtype == block.dtype else block.to(dtype)
         network = fused.on(world.layout.unflatten(coarse), world.layout.unflatten(into))
 
-        def step(x: Tensor, y: Tensor, marks: Tensor | None) -> Tensor:
+        def step(x: Tensor, y: Tensor, marks: Tensor | None, t: int) -> Tensor:
             if coarse is not block:
                 coarse.copy_(block)
                 x = x.to(dtype) if x.is_floating_point() else x

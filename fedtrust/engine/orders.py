@@ -97,6 +97,6 @@ def _same_model(a: Order, b: Order) -> bool:
 def _same_loss(a: ClientTask, b: ClientTask) -> bool:
     if a.behaviour is b.behaviour and not a.memory and not b.memory:
         return True
-    if not any(overrides(one.behaviour, hook) for one in (a, b) for hook in ("loss", "project")):
+    if not any(overrides(one.behaviour, hook) for one in (a, b) for hook in ("loss", "per_sample", "project")):
         return {k: v.shape for k, v in a.memory.items()} == {k: v.shape for k, v in b.memory.items()}
     return a.behaviour == b.behaviour

@@ -19,10 +19,12 @@ from fedtrust import views
 from fedtrust.client import View, capabilities, overrides
 from fedtrust.data.base import Task
 from fedtrust.engine import seeds
+from fedtrust.engine.per_sample import mechanism_of
 
 if TYPE_CHECKING:
     from fedtrust.engine.cohort import Chunk, ClientTask
     from fedtrust.engine.world import World
+    from fedtrust.privacy.record import RecordMechanism
 
 Indices = npt.NDArray[np.int64]
 
@@ -33,9 +35,10 @@ class Ready(NamedTuple):
     Attributes:
         task: who it is and what it does.
         view: what it knows.
-        batches: which of its samples make up each local batch [steps, batch].
+        batches: which of its samples make up each local batch [steps, batch]; -1 where a drawn batch is smaller than the largest.
         own: the samples (x, y) that its behaviour made; `None`: it trains on those it was dealt.
         marks: what its behaviour wants its loss to know of each sample.
+        mechanism: how it makes its steps of single samples' gradients; `None`: it does not.
     """
 
     task: ClientTask
@@ -43,6 +46,7 @@ class Ready(NamedTuple):
     batches: Indices
     own: tuple[Tensor, Tensor] | None
     marks: Tensor | None = None
+    mechanism: RecordMechanism | None = None
 
 
 def local_steps(samples: int, batch_size: int, epochs: int) -> int:
@@ -78,7 +82,12 @@ def prepare(world: World, chunk: Chunk) -> tuple[list[Ready], dict[int, str]]:
                 views.check_memory(view.memory, task.memory)
             samples = world.examples(task.client) if own is None else len(own[0])
             rng = seeds.stream(world.seed, "batches", chunk.round, task.client)
-            ready.append(Ready(task, view, schedule(samples, world.batch_size, world.epochs, rng)[: task.steps], own, marks))
+            mechanism = mechanism_of(world, task.behaviour, samples)
+            if mechanism is None:
+                batches = schedule(samples, world.batch_size, world.epochs, rng)
+            else:
+                batches = mechanism.draw(local_steps(samples, world.batch_size, world.epochs), rng)
+            ready.append(Ready(task, view, batches[: task.steps], own, marks, mechanism))
         except (Exception, SystemExit) as error:  # a student's hook may raise anything
             faults[task.client] = said("poison", error)
     ready.sort(key=lambda r: (-len(r.batches), r.task.client))
@@ -122,12 +131,14 @@ def _checked(result: Any, x: Tensor, y: Tensor, world: World) -> tuple[tuple[Ten
         raise ValueError(
             f"returned x {list(new_x.shape)} and y {list(new_y.shape)}, expected [b, {', '.join(map(str, x.shape[1:]))}] and [b]"
         )
+    if task.kind == "characters" and (new_y.shape != new_x.shape or not 0 <= int(new_x.min()) <= int(new_x.max()) < task.classes):
+        raise ValueError(f"returned x and y {list(new_y.shape)}, expected [b, {task.shape[0]}] characters from 0 to {task.classes - 1}")
     if new_x.dtype != x.dtype or new_y.dtype != y.dtype:
         raise TypeError(f"returned x {new_x.dtype} and y {new_y.dtype}, expected {x.dtype} and {y.dtype}")
-    if task.kind == "classification" and not 0 <= int(new_y.min()) <= int(new_y.max()) < task.classes:
+    if task.kind != "regression" and not 0 <= int(new_y.min()) <= int(new_y.max()) < task.classes:
         raise ValueError(f"returned labels from {int(new_y.min())} to {int(new_y.max())}, the classes are 0 to {task.classes - 1}")
-    if marks is not None and (marks.shape != new_y.shape or marks.dtype != torch.float32 or not bool(torch.isfinite(marks).all())):
-        raise ValueError(f"returned marks {list(marks.shape)} of {marks.dtype}, expected {list(new_y.shape)} finite float32")
+    if marks is not None and (marks.shape != new_y.shape[:1] or marks.dtype != torch.float32 or not bool(torch.isfinite(marks).all())):
+        raise ValueError(f"returned marks {list(marks.shape)} of {marks.dtype}, expected {list(new_y.shape[:1])} finite float32")
     return (new_x.detach().to(world.device), new_y.detach().to(world.device)), None if marks is None else marks.detach().to(world.device)
 
 

@@ -67,7 +67,7 @@ def ensemble(task: Task, *, of: str = "cnn", members: Annotated[int, Field(ge=1,
         InputError: a regression, or `of` is no model that can be a member.
     """
     if task.kind != "classification":
-        raise InputError("model 'ensemble' votes for classes, but the task is a regression")
+        raise InputError(f"model 'ensemble' votes for classes, but the task is {task.called}")
     if of == "ensemble":
         raise InputError("model 'ensemble' cannot be made of ensembles", "of")
     made: list[nn.Module] = [REGISTRY.make("model", of)(task) for _ in range(members)]

@@ -1,7 +1,8 @@
 """The losses that a protocol may prescribe.
 
-A loss is a function `(output [b, C], y [b], *, params) -> scalar`, the mean over the batch. It works under `torch.func.vmap`: no control
-flow on values, no `.item()`. In the formulas p = softmax(output), p_y is the probability of the label and e_y its one-hot vector.
+A loss is a function `(output [b, C], y [b], *, params) -> scalar`, the mean over the batch; of a text, output [b, L, C] and y [b, L], the
+mean over its characters too. It works under `torch.func.vmap`: no control flow on values, no `.item()`. In the formulas
+p = softmax(output), p_y is the probability of the label and e_y its one-hot vector.
 
 The regression losses (mse, mae, huber) read the kind of task off `y`: floating `y` is compared with the one output, output [b, 1];
 integer `y` is a label, and p is compared with e_y, summed over the classes.
@@ -22,8 +23,8 @@ from fedtrust.registry import loss
 
 NonNegative = Annotated[float, Field(ge=0)]
 
-_CLASSIFICATION = ("classification",)
-_BOTH = ("classification", "regression")
+_CLASSIFICATION = ("classification", "characters")
+_BOTH = ("classification", "characters", "regression")
 
 
 @loss("cross-entropy", tasks=_CLASSIFICATION, paper="label smoothing: Szegedy et al., CVPR 2016, section 7")

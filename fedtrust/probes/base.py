@@ -13,6 +13,7 @@ from fedtrust.layout import Layout
 from fedtrust.models.architecture import Architecture
 from fedtrust.probes.guesses import Guess
 from fedtrust.registry import register
+from fedtrust.release import Form
 from fedtrust.sending import Recipe
 
 if TYPE_CHECKING:
@@ -77,7 +78,8 @@ class ProbeContext:
         round: the round just finished; 0 is the untrained model.
         final: whether it was the last.
         task: what is learnt.
-        query: the model as a function x [n, *shape] → output [n, C], without gradients; all that a user has.
+        query: the model as a function x [n, *shape] → output [n, C] ([n, L, C] of a text), without gradients; all that a user has, and
+            for a user on the terms of the release: other answers, and a budget of samples (`fedtrust.release`).
         params: the global model [d].
         model: the architecture, `model(params [d], x)`; differentiable.
         clients: whose replies the server used, sorted.
@@ -97,6 +99,8 @@ class ProbeContext:
         candidates: samples whose membership is asked (x [q, *shape], y [q]); only for a probe registered with `asks="membership"`.
         population: samples of the observer's own like the clients' (x, y); only for a probe registered with `population=True`.
         member: which candidates are members [q], bool; the teacher's.
+        released: the model as its users are answered, x [n, *shape] → [n, C]; the teacher's (a user's `query` is that, metered).
+        answers: what users are told (see `fedtrust.release.Form`), and `queries` how many samples each may ask about; public.
     """
 
     round: int
@@ -122,6 +126,9 @@ class ProbeContext:
     candidates: tuple[Tensor, Tensor] | None = None
     population: tuple[Tensor, Tensor] | None = None
     member: Tensor | None = None
+    released: Callable[[Tensor], Tensor] | None = None
+    answers: Form = "logits"
+    queries: int | None = None
 
     @property
     def test_output(self) -> Tensor:
@@ -148,8 +155,9 @@ def probe(name: str, *, role: Role = "teacher", when: When = "round", paper: str
         when: after every round, or at the end.
         paper: authors, venue, section.
         meta: further declarations. `task="classification"` refuses other tasks (a tuple names all that suit); `updates=True` asks for
-            `ctx.updates`, which are gathered only for a probe that looks at them (a curious server always does). `asks="membership"` grants `ctx.candidates`,
-            `population=True` grants `ctx.population`: simulated knowledge, which stands in the threat card.
+            `ctx.updates`, which are gathered only for a probe that looks at them (a curious server always does). `asks="membership"`
+            grants `ctx.candidates`, `population=True` grants `ctx.population`, `architecture=True` grants a user `ctx.model`: simulated
+            knowledge, which stands in the threat card.
     """
     return register("probe", name, role=role, when=when, paper=paper, **meta)
 

@@ -7,7 +7,7 @@ Neither sees the truth: the scorer of the guess's type does, and its metrics and
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor
@@ -74,9 +74,36 @@ class Prototype(Guess):
 
 @dataclass(frozen=True)
 class Copy(Guess):
-    """A stolen model: x [n, *shape] → output [n, C], made with so many queries (samples answered)."""
+    """A stolen model.
+
+    Attributes:
+        predict: x [n, *shape] → output [n, C].
+        queries: how many samples the owner's model was asked about for it.
+        params: its parameters [d], where the thief believes them to be those of the owner's model.
+    """
 
     predict: Callable[[Tensor], Tensor]
+    queries: int
+    params: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Copies(Guess):
+    """Stolen models by the number of queries that each took, the last one being the best that the thief has."""
+
+    items: tuple[Copy, ...]
+
+
+@dataclass(frozen=True)
+class Secrets(Guess):
+    """Texts that somebody believes to stand in the training data.
+
+    Attributes:
+        texts: what is claimed; each sentence with the secret in it, from its beginning to the end of the secret.
+        queries: how many samples the owner's model was asked about for them.
+    """
+
+    texts: tuple[str, ...]
     queries: int
 
 
@@ -114,4 +141,9 @@ def score(key: str, guess: Guess, full: ProbeContext, seen: ProbeContext) -> dic
     known = _SCORERS.get(type(guess))
     if known is None:
         raise TypeError(f"nobody can score a {type(guess).__name__} (known: {', '.join(sorted(k.__name__ for k in _SCORERS))})")
-    return {f"{key}/{name}" if name else key: value for name, value in known(guess, full, seen).items()}
+    return {f"{key}/{name}" if name else key: _titled(key, value) for name, value in known(guess, full, seen).items()}
+
+
+def _titled(key: str, value: float | Artefact) -> float | Artefact:
+    """Put the guess's name into an artefact's title: several adversaries of a run may leave the same kind."""
+    return value if isinstance(value, int | float) else replace(value, title=f"{value.title} ({key})")

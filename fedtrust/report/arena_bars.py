@@ -11,7 +11,7 @@ from fedtrust.arena import Standing
 from fedtrust.report.svg import WIDTH, clipped, drawing, el, text
 
 _ROW, _HEAD = 18.0, 34.0
-_RANK, _NAME, _LEFT, _RIGHT = 20.0, 26.0, 146.0, 300.0
+_RANK, _NAME, _LEFT, _RIGHT = 20.0, 26.0, 156.0, 300.0
 _LETTERS = 18
 
 

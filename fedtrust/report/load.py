@@ -84,6 +84,30 @@ class Federation(_Record):
     samples: Number = None
 
 
+class Guarantee(_Record):
+    """What a run promises about privacy, and what it has spent."""
+
+    by: Text = "server"
+    mechanism: Text = ""
+    unit: Text = "client"
+    relation: Text = ""
+    sampling: Text = ""
+    sampled: Text = ""
+    sensitivity: Text = ""
+    clip_kind: Text = ""
+    clip: Number = None
+    clip_norm: Number = None
+    noise_multiplier: Number = None
+    noise_to_clip: Number = None
+    delta: Number = None
+    releases: Number = None
+    epsilon: Number = None
+    epsilon_pld: Number = None
+    epsilon_rdp: Number = None
+    worst_client: Number = None
+    clients: Number = None
+
+
 class Round(_Record):
     """One line of rounds.jsonl."""
 
@@ -97,6 +121,7 @@ class Round(_Record):
     metrics: Metrics = {}
     train_loss: Number = None
     delta_norm: Number = None
+    epsilon: Number = None
     clock: Number = None
     duration: Number = None
     reachable: Number = None
@@ -121,6 +146,7 @@ class RunSummary(_Record):
     threats: Threats = []
     observers: Threats = []
     federation: Annotated[Federation, _or_empty(dict)] = Federation()
+    privacy: Annotated[list[Guarantee], _or_empty(list)] = []
     assumed_malicious: Number = None
     trust_mean: Metrics = {}
     warnings: Texts = []
@@ -151,6 +177,7 @@ class Cell(_Record):
     seconds: Number = None
     rule: Text = ""  # the strategy's components, whatever its label says
     floor: Number = None
+    privacy: Annotated[list[Guarantee], _or_empty(list)] = []
     clean_success: Metrics = {}
     round_means: Annotated[RoundMeans, _or_empty(dict)] = RoundMeans()
     repair_seconds: Number = None

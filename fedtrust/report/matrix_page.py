@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from fedtrust.report import arena, claims, devices, verdict
+from fedtrust.report import arena, claims, devices, frontier, verdict
 from fedtrust.report.curves import matrix_panels
 from fedtrust.report.figures import holdings, trust_strip, trust_words
 from fedtrust.report.heat import heat_maps
@@ -51,6 +51,7 @@ def matrix_page(matrix: Matrix) -> dict[str, Any]:
         "alerts": _matrix_alerts(matrix),
         "claims": claims.section(matrix),
         "arena": ranked,
+        "frontier": frontier.section(matrix),
         "heat": heat_maps(matrix),
         "curves": groups,
         "curves_note": curves.note("panels") + (" Bands: lowest to highest seed." if len(axes.seeds) > 1 else ""),

@@ -30,13 +30,17 @@ def html(page: dict[str, Any]) -> str:
 
     The content policy lets nothing be fetched and no script run but the page's own, should a text ever slip through.
     """
+    return _environment().get_template("template.html").render(page=page, **assets()).lstrip()
+
+
+def assets() -> dict[str, Any]:
+    """Return what every page carries with it: script, style, and the content policy that lets nothing else in."""
     script, style = (_HERE / "page.js").read_text("utf-8"), (_HERE / "style.css").read_text("utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = (
         f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
     )
-    assets = {"script": Markup(script), "style": Markup(_themed(style)), "policy": policy}  # noqa: S704
-    return _environment().get_template("template.html").render(page=page, **assets).lstrip()
+    return {"script": Markup(script), "style": Markup(_themed(style)), "policy": policy}  # noqa: S704
 
 
 def _themed(style: str) -> str:

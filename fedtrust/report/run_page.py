@@ -24,6 +24,7 @@ from fedtrust.report.parts import (
     threat_card,
     trouble,
 )
+from fedtrust.report.privacy import section
 
 _MOST_METRICS, _MOST_FOUND = 8, 40  # columns of the table of repairs, and numbers below it
 
@@ -80,6 +81,7 @@ def run_page(run: Run) -> dict[str, Any]:
         "artefacts": [artefact(raw, pictures) for raw in run.artefacts[:40]],
         "threats": [*([{"title": "", "cards": cards}] if cards else []), *observer_groups(summary.observers)],
         "faults": [{"title": "", "trouble": bad}] if bad.dropped or bad.missed else [],
+        "privacy": section(run),
         "sha256": summary.model_sha256,
     }
 

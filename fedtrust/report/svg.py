@@ -79,6 +79,13 @@ class Axes:
     percent: bool = False
     window: tuple[float, float] | None = None  # shaded stretch of x: when the attack was active
     marks: tuple[tuple[float, str], ...] = ()  # places on x with a name: what was done to the model after the last round
+    ticks: tuple[tuple[float, str], ...] = ()  # places on x and their labels, where they are not round numbers
+    log2: bool = False  # x is the logarithm of what it stands for
+
+    def place(self, x: float) -> str:
+        """Format a value of x."""
+        named = [label for at, label in self.ticks if abs(at - x) < 1e-9]
+        return named[0] if named else f"{2**x:.3g}" if self.log2 else f"{x:.4g}"
 
     def show(self, value: float) -> str:
         """Format a value of y."""
@@ -143,7 +150,7 @@ def _thinned(points: list[T]) -> list[T]:
 
 
 def _frame(series: list[Series], axes: Axes) -> _Frame:
-    xs = [x for s in series for x, _ in s.points]
+    xs = [x for s in series for x, _ in s.points] + [x for x, _ in axes.ticks]
     ys = [y for s in series for _, y in s.points] + [v for s in series for _, low, high in s.band for v in (low, high)]
     low, high = (0.0, 1.0) if axes.percent else (min(ys), max(ys))
     if not axes.percent:  # from zero, unless the values lie far above it
@@ -174,9 +181,10 @@ def _grid(frame: _Frame, axes: Axes) -> list[Markup]:
     for value in ticks(frame.y0, frame.y1, 4):
         parts.append(el("line", x1=_LEFT, x2=frame.right, y1=frame.y(value), y2=frame.y(value), cls="rule"))
         parts.append(text(_LEFT - 5, frame.y(value) + 3.5, f"{100 * value:.0f}" if axes.percent else f"{value:.4g}", anchor="end"))
-    for value in ticks(frame.x0, frame.x1, 6, whole=all(float(v).is_integer() for v in (frame.x0, frame.x1))):
+    plain = ticks(frame.x0, frame.x1, 6, whole=all(float(v).is_integer() for v in (frame.x0, frame.x1)))
+    for value, label in axes.ticks or [(value, f"{value:.4g}") for value in plain]:
         parts.append(el("line", x1=frame.x(value), x2=frame.x(value), y1=bottom, y2=bottom + 3, cls="axis"))
-        parts.append(text(frame.x(value), bottom + 15, f"{value:.4g}", anchor="middle"))
+        parts.append(text(frame.x(value), bottom + 15, label, anchor="middle"))
     parts.append(el("line", x1=_LEFT, x2=frame.right, y1=bottom, y2=bottom, cls="axis"))
     parts.append(text((_LEFT + frame.right) / 2, HEIGHT - 4, clipped(axes.x, 40), "name", "middle"))
     unit = f"{axes.y} (%)" if axes.percent else axes.y
@@ -200,7 +208,7 @@ def _line(frame: _Frame, series: Series, axes: Axes) -> list[Markup]:
     every = max(1, round((len(at) - 1) / 6))
     parts += [marker(x, y, series.style) for n, (x, y) in enumerate(at) if n % every == 0 or n == len(at) - 1]
     if len(at) <= _MOST_HOVER:  # a ring around each point that answers the mouse
-        hover = [f"{series.name}, {axes.x.lower()} {x:.4g}: {axes.show(y)}" for x, y in series.points]
+        hover = [f"{series.name}, {axes.x.lower()} {axes.place(x)}: {axes.show(y)}" for x, y in series.points]
         parts += [el("circle", el("title", words), cx=x, cy=y, r=7, cls="hit") for (x, y), words in zip(at, hover, strict=True)]
     return parts
 

@@ -186,7 +186,9 @@ def _run(summary: RunSummary) -> list[str]:
         )
     if attacked and accuracy is not None:
         said.append("What the attack costs in accuracy is not judged: that takes the same run without it.")
-    return said or ["The run left no numbers to judge."]
+    from fedtrust.report.privacy import sentence
+
+    return (said or ["The run left no numbers to judge."]) + [sentence(found) for found in summary.privacy]
 
 
 # -------------------------------------------------------------------------------------------------------------------- a matrix

@@ -92,7 +92,8 @@ def test_what_is_no_behaviour_is_refused() -> None:
 
 
 def test_an_attack_that_attacks_nothing_is_refused() -> None:
-    with pytest.raises(InputError, match="'idle' overrides none of poison, loss, project, craft, reply: it would attack nothing"):
+    hooks = "poison, loss, per_sample, project, craft, reply, claim"
+    with pytest.raises(InputError, match=f"'idle' overrides none of {hooks}: it would attack nothing"):
 
         @behaviour("idle")
         class Idle(Behaviour):

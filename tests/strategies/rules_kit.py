@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fedtrust.data.base import Task
+from fedtrust.engine import seeds
 from fedtrust.layout import Layout
 from fedtrust.registry import REGISTRY, Kind
 from fedtrust.server import AggContext, PipelineFacts, Verdict
@@ -52,6 +54,7 @@ def context(n: int, d: int, *, f: int = 0, weights: Tensor | None = None, seed: 
         "root": own_samples(),
         "rng": torch.Generator().manual_seed(seed),
         "train": train,
+        "private": functools.partial(seeds.stream, seed),
     }
     return AggContext(**(known | given))
 

@@ -1,0 +1,51 @@
+"""What cannot be meant beside `[privacy]`: whatever would make its ε a number about something else."""
+
+from __future__ import annotations
+
+from fedtrust.errors import InputError
+from fedtrust.registry import REGISTRY
+from fedtrust.scenario_parts import ClientsSpec, StrategySpec
+
+
+def must_work(strategy: StrategySpec, where: str, clients: ClientsSpec) -> None:
+    """Refuse a strategy whose parts do not go with its privacy mechanism.
+
+    Raises:
+        InputError: placed at the part, with the reason.
+    """
+    if strategy.privacy is None:
+        return
+    name = strategy.aggregator.name
+    if name.startswith("flwr:"):
+        raise InputError("a stock Flower strategy draws its clients and adds its updates up by itself; use 'mean'", f"{where}.privacy")
+    if clients.system is not None:
+        reason = "who can be reached is not the mechanism's draw, so its ε would not hold; a private run has no [clients.system]"
+        raise InputError(reason, "clients.system")
+    entry = REGISTRY.get("aggregator", name)
+    if entry.meta.get("linear") == "examples":
+        reason = f"'{name}' lets one client count more than another, by a number that it reports; privacy needs equal weights: use 'mean'"
+        raise InputError(reason, f"{where}.aggregator")
+    if entry.meta.get("linear") != "equal":
+        reason = f"'{name}' uses the rows as the data have it, so one client moves more than its clip; for privacy use 'mean'"
+        raise InputError(reason, f"{where}.aggregator")
+    _filters(strategy, where)
+    for index, repair in enumerate(strategy.repairs):
+        if repair.params.get("by") == "clients":
+            reason = f"'{repair.name}' asks the clients about their data, outside of the mechanism; let it work on root samples"
+            raise InputError(reason, f"{where}.repairs[{index}]")
+
+
+def _filters(strategy: StrategySpec, where: str) -> None:
+    for index, given in enumerate(strategy.filters):
+        place = f"{where}.filters[{index}]"
+        meta = REGISTRY.get("filter", given.name).meta
+        if meta.get("hides"):
+            reason = f"'{given.name}' rounds what the mechanism has clipped and hides the rows from it; use the noise of its own"
+            raise InputError(reason, place)
+        rowwise = meta.get("rowwise")
+        if rowwise is None or not rowwise(given.params):
+            reason = f"'{given.name}' looks at other rows, so a client moves more than its own; behind it a clip bounds nothing"
+            raise InputError(reason, place)
+        if strategy.privacy is not None and strategy.privacy.clip.kind == "adaptive":
+            reason = f"'{given.name}' would change the norms that an adaptive clip follows; leave filters empty"
+            raise InputError(reason, place)

@@ -1,0 +1,5 @@
+"""Never finish loading."""
+
+print("tried")
+while True:
+    pass

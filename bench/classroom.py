@@ -24,7 +24,9 @@ ATTACKS = {
     "own": "    return -{p} * updates",
 }
 DEFENCES = {
-    "clip": "    n = updates.norm(dim=1, keepdim=True).clamp(min=1e-12)\n    return (({p} * n.median() / n).clamp(max=1) * updates).mean(0)",
+    "clip": (
+        "    n = updates.norm(dim=1, keepdim=True).clamp(min=1e-12)\n    return (({p} * n.median() / n).clamp(max=1) * updates).mean(0)"
+    ),
     "trim": "    k = max(1, int({p} * len(updates) / 6))\n    return updates.sort(0).values[k : len(updates) - k].mean(0)",
     "near": (
         "    far = torch.cdist(updates, updates).sum(1)\n    keep = far.argsort()[: max(1, int(len(updates) * (1 - {p} / 6)))]\n"

@@ -212,7 +212,8 @@ def _complain(message: str, code: int) -> int:
 def _usage(error: click.UsageError) -> str:
     message = error.format_message()
     if message.startswith("No such command"):
-        names = list(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
+        group = typer.main.get_command(app) if error.ctx is None else error.ctx.command
+        names = list(group.commands)  # type: ignore[attr-defined]
         given = message.split("'")[1] if "'" in message else ""
         message = f"no such command '{given}' (commands: {', '.join(names)}){nearest(given, names)}"
     return message

@@ -9,14 +9,21 @@ from typing import Annotated, Any
 import click
 import typer
 
-exercise = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Set an exercise, work on it, check what you hand in.")
-tournament = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Play what was handed in, and mark it.")
+exercise = typer.Typer(rich_markup_mode=None, help="Set an exercise, work on it, check what you hand in.")
+tournament = typer.Typer(rich_markup_mode=None, help="Play what was handed in, and mark it.")
 
 KINDS = click.Choice(["attack", "defence", "both", "audit", "evasion"])
 PHASES = click.Choice(["public", "hidden", "final"])
 Name = Annotated[str, typer.Argument(metavar="NAME", help="A ready exercise, or the path of an exercise file.")]
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A folder that `fedtrust tournament run` wrote.")]
 Secret = Annotated[Path | None, typer.Option("--seed-file", metavar="SECRET", help="The secret file that hidden seeds follow from.")]
+
+
+@exercise.callback(invoke_without_command=True)
+@tournament.callback(invoke_without_command=True)
+def _help(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
 
 
 @exercise.command("list")
@@ -32,7 +39,10 @@ def new(
     name: Annotated[str, typer.Argument(help="Its name: lower-case words joined by hyphens.")],
     scenario: Annotated[Path, typer.Option("--scenario", metavar="FILE", help="The scenario that is played.")],
     kind: Annotated[
-        str, typer.Option("--kind", click_type=KINDS, metavar="KIND", help="attack, defence, both, audit or evasion.")
+        str,
+        typer.Option(
+            "--kind", click_type=KINDS, metavar="KIND", show_default=False, help="attack (default), defence, both, audit or evasion."
+        ),
     ] = "attack",
     folder: Annotated[Path, typer.Option("--dir", metavar="DIR", help="Where to write NAME.toml.")] = Path(),
 ) -> None:
@@ -93,7 +103,10 @@ def run(
     out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="A new folder for the tournament.")] = None,
     workers: Annotated[int | None, typer.Option(min=1, max=256, metavar="N", help="Games side by side; by default one a core.")] = None,
     resume: Annotated[Path | None, typer.Option("--resume", metavar="DIR", help="Go on with a tournament that stopped.")] = None,
-    phase: Annotated[str, typer.Option("--phase", click_type=PHASES, metavar="PHASE", help="public, hidden (daily) or final.")] = "final",
+    phase: Annotated[
+        str,
+        typer.Option("--phase", click_type=PHASES, metavar="PHASE", show_default=False, help="public, hidden (daily) or final (default)."),
+    ] = "final",
     day: Annotated[str, typer.Option("--day", metavar="DATE", help="Of the hidden phase; by default today.")] = "",
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but the leaderboard's file.")] = False,
 ) -> None:

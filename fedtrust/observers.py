@@ -48,7 +48,7 @@ def observer_cards(scenario: Scenario) -> list[dict[str, Any]]:
 
 def _queries(release: ReleaseSpec) -> str:
     """Return what a user may do, and how he is answered."""
-    told = {"logits": "what it puts out", "probabilities": "probabilities", "label": "the label alone"}[release.answers]
+    told = {"logits": "its raw outputs", "probabilities": "probabilities", "label": "the label alone"}[release.answers]
     behind = f", through {' and '.join(ref.name for ref in release.defences)}" if release.defences else ""
     most = "" if release.queries is None else f" about {release.queries} samples at most"
     return f"queries the model{most} (told: {told}{behind})"

@@ -215,7 +215,7 @@ def run_summary(
         "seed": scenario.seed,
         "strategy": scenario.strategy.label,
         "attack": " + ".join(c["behaviour"] for c in cards) or "none",
-        "metrics": rounds[-1]["metrics"],
+        "metrics": {**_found_once(setup, rounds), **rounds[-1]["metrics"]},
         "model_sha256": final[0],
         "seconds": round(seconds, 2),
         "engine": engine,
@@ -243,6 +243,12 @@ def _observers(scenario: Scenario) -> dict[str, Any]:
     """Return the cards of those who attack without being clients; nothing where there is nobody."""
     cards = observer_cards(scenario)
     return {"observers": cards} if cards else {}
+
+
+def _found_once(setup: Setup, rounds: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return what probes measured that act in one round of their choice and say nothing in the others."""
+    names = {bound.entry.name for bound in setup.probes if bound.entry.meta.get("once")}
+    return {key: value for r in rounds for key, value in r["metrics"].items() if key.split("/")[0] in names}
 
 
 def _repairs(rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

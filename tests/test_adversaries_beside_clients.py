@@ -161,7 +161,7 @@ def test_a_malicious_server_stands_in_the_resolved_file(small: Small, out: Path)
     written = tomllib.loads(made.resolved_toml())
     assert written["malicious_server"] == {"sender": "drifting", "params": {"by": 0.2}, "rounds": [1, 2]}
     assert parse(written) == made
-    assert {f for f in Scenario.model_fields if f not in written} == {"sweep", "claims"} & Scenario.model_fields.keys()
+    assert {f for f in Scenario.model_fields if f not in written} == {"week", "sweep", "claims"}  # what this one does not have
 
 
 def test_a_guess_is_scored_by_who_knows_and_the_adversary_does_not(small: Small, out: Path) -> None:
@@ -176,8 +176,30 @@ def test_a_guess_is_scored_by_who_knows_and_the_adversary_does_not(small: Small,
     assert metrics(out)[2] == {"guess/value": 2.5, "guess/blind": 1.0}
     assert (out / "artefacts").is_dir()
     cards = json.loads((out / "summary.json").read_text())["observers"]
-    assert [(c["behaviour"], c["role"], c["capability"]) for c in cards] == [("guesser", "user of the model", ["queries the model"])]
+    assert [(c["behaviour"], c["role"], c["capability"]) for c in cards] == [
+        ("guesser", "user of the model", ["queries the model (told: its raw outputs)"])
+    ]
     assert "Beside the clients" in report.write(out).read_text()
+
+
+def test_what_a_probe_found_in_its_one_round_stands_in_the_summary(small: Small, out: Path) -> None:
+    scored()
+
+    @probe("shy", role="user", once=True)
+    def shy(ctx: ProbeContext) -> dict[str, float | Guess]:
+        """Speaks in the first round only."""
+        return {"shy": Word(0.25)} if ctx.round == 1 else {}
+
+    @probe("fickle", role="user")
+    def fickle(ctx: ProbeContext) -> dict[str, float]:
+        """Has no number in the last round: what it said before is not what it says in the end."""
+        return {"fickle": 0.5} if ctx.round == 1 else {}
+
+    assert run(small(probes=["shy", "fickle", "accuracy"]), out, engine="local").status == "finished"
+    found = json.loads((out / "summary.json").read_text())["metrics"]
+    assert found["shy/value"] == 0.25
+    assert "fickle" not in found
+    assert found["accuracy"] == metrics(out)[2]["accuracy"]
 
 
 def test_a_guess_that_nobody_can_score_ends_the_run(small: Small, out: Path) -> None:

@@ -76,7 +76,11 @@ def test_every_command_has_help(folder: Path, capsys: pytest.CaptureFixture[str]
 @pytest.mark.parametrize(
     ("arguments", "wanted"),
     [
-        (["rnu"], "no such command 'rnu' (commands: run, report, list, describe, check, schema, new, doctor); did you mean 'run'?"),
+        (
+            ["rnu"],
+            "no such command 'rnu' (commands: run, report, list, describe, check, audit, schema, new, doctor, exercise, tournament); "
+            "did you mean 'run'?",
+        ),
         (["run"], "name a scenario file, or a folder with --resume"),
         (["run", "s.toml", "--resume", "x"], "name a scenario file, or a folder with --resume"),
         (["run", "--resume", "x", "--set", "a=1"], "--set does not go with --resume"),

@@ -67,6 +67,8 @@ def test_a_wheel_holds_every_module_once(tmp_path: Path) -> None:
     }
     modules |= {f"fedtrust/{p.relative_to(ROOT)}" for folder in ("clients", "strategies") for p in (ROOT / folder).glob("*.py")}
     modules |= {str(p.relative_to(ROOT)) for p in (ROOT / "fedtrust" / "report").iterdir() if p.suffix in (".css", ".js", ".html")}
+    classroom = ROOT / "fedtrust" / "classroom"
+    modules |= {str(p.relative_to(ROOT)) for folder in ("pages", "exercise_files") for p in (classroom / folder).rglob("*.*")}
     assert modules <= set(names)
     assert len(names) == len(set(names))
     assert not [n for n in names if n.startswith(("clients/", "strategies/", "tests/"))]

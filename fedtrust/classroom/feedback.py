@@ -9,6 +9,7 @@ from typing import Any
 from fedtrust.classroom import folder
 from fedtrust.classroom.exercise import Exercise
 from fedtrust.classroom.folder import About
+from fedtrust.classroom.sandbox.faults import MEANING
 from fedtrust.classroom.scoring import Board, Line, Outcome
 
 PHASES = {"public": "public seeds", "hidden": "hidden seeds, daily", "final": "final"}
@@ -80,7 +81,8 @@ def _feedback(about: About, board: Board, cells: Sequence[Outcome], line: Line) 
     if told:
         span = "" if line.interval is None else f"95 % interval {percent(line.interval.low)} to {percent(line.interval.high)}"
         tiles[0] = ("Score", percent(line.score), span or "of 100")
-        tiles += [("Rank", f"{line.group}", f"of {max(ln.group or 0 for ln in board.lines[line.side])} groups")]
+        last = max(ln.group or 0 for ln in board.lines[line.side])
+        tiles += [("Rank", "–" if line.group is None else f"{line.group}", f"of {last} groups" if last else "")]
         tiles += [("Mark", f"{line.mark}", "")]
     return {
         "name": line.name,
@@ -140,13 +142,18 @@ def _costs(about: About, cells: Sequence[Outcome], line: Line) -> list[tuple[str
     ]
 
 
+def _meaning(kind: str) -> str:
+    return {str(known): words for known, words in MEANING.items()}.get(kind, kind)
+
+
 def _faults(line: Line, told: bool) -> list[dict[str, str]]:
     """Return what went wrong, each sentence once, with the games in which it did."""
     found: dict[tuple[str, str], list[str]] = {}
     for outcome, fault in line.faults:
+        sentence = fault.sentence if told else _meaning(fault.kind)  # its own words could carry out what it has seen
         other = outcome.defence if line.side != "defence" else outcome.attack
         where = "without an attack, " if other is None else f"against {other}, " if other != "-" else ""
-        found.setdefault((fault.kind, fault.sentence), []).append(f"{where}{outcome.partition}, seed {outcome.seed + 1}" if told else "")
+        found.setdefault((fault.kind, sentence), []).append(f"{where}{outcome.partition}, seed {outcome.seed + 1}" if told else "")
     made = []
     for (kind, sentence), games in found.items():
         few = "; ".join(games[:6]) + (f"; and {len(games) - 6} more" if len(games) > 6 else "")

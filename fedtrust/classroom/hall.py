@@ -18,6 +18,8 @@ from fedtrust.interrupt import Stopped
 
 #: Defences whose sandboxes stay up side by side in one thread, while attack after attack meets them.
 BLOCK = 10
+#: Bytes that a sandbox takes of its own (Python and torch, not what it shares with others).
+SANDBOX = 300 * 2**20
 
 
 class Player(Protocol):

@@ -232,10 +232,11 @@ def _audit(name: str, house: bool, who: Field, outcomes: Sequence[Outcome], rule
 
 
 def _ranked(lines: Sequence[Line], rules: Rules) -> list[Line]:
-    """Return the lines best first, the students' with group and mark."""
-    students = [line for line in lines if not line.house]
-    placed = dict(zip((s.name for s in students), groups([(s.score, s.interval) for s in students]), strict=True))
+    """Return the lines best first, the students' with group and mark; a score of zero has a mark and no rank."""
+    ranked = [line for line in lines if not line.house and line.score > ROUNDING]
+    placed = dict(zip((s.name for s in ranked), groups([(s.score, s.interval) for s in ranked]), strict=True))
     made = [
-        line if line.house else replace(line, group=placed[line.name], mark=mark(placed[line.name], line.score, rules)) for line in lines
+        line if line.house else replace(line, group=placed.get(line.name), mark=mark(placed.get(line.name, 1), line.score, rules))
+        for line in lines
     ]
     return sorted(made, key=lambda line: (-line.score, line.house, line.name))

@@ -228,7 +228,7 @@ def _side(side: Side, lines: Sequence[Line], about: About, links: Mapping[str, s
     shared = Counter(ln.group for ln in lines if not ln.house)
     rows = []
     for line in _shown(lines, about):
-        rank = "–" if line.house or not told else f"={line.group}" if shared[line.group] > 1 else f"{line.group}"
+        rank = "–" if line.group is None or not told else f"={line.group}" if shared[line.group] > 1 else f"{line.group}"
         notes = [f"{len(line.faults)} of {line.cells[1]} games failed"] if line.faults else []
         notes += [f"zero: {line.gate.partition(' (')[0]}" if told else "zero"] if line.gate else []
         rows.append(

@@ -250,7 +250,7 @@ class Line:
         cost: C / C_max; `used`: the mean use of each unit a cell.
         penalty, faults: what failures cost, and the cells in which they happened.
         gate: why the entry is worth nothing, if so: the utility gate, or it failed everywhere.
-        group, mark: of a student's entry; `None` for the house.
+        group, mark: of a student's entry; `None` for the house, and no group for a score of zero.
         cells: how many it was judged by, of how many.
     """
 

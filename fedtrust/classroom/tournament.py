@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from fedtrust import memory
 from fedtrust.classroom.cells import Planned, Table
 from fedtrust.classroom.exercise import Exercise
 from fedtrust.classroom.folder import CELLS, About, labels, load, mend, outcomes, record
-from fedtrust.classroom.hall import BLOCK, Crew, Hall, Opener
+from fedtrust.classroom.hall import BLOCK, SANDBOX, Crew, Hall, Opener
 from fedtrust.classroom.judging import judge
 from fedtrust.classroom.scoring import Board, Field, Outcome
 from fedtrust.classroom.submissions import Submission
@@ -96,7 +97,7 @@ def run(out: Path, open_: Opener, *, count: int | None = None, tell: Progress | 
     Args:
         out: made by `create`.
         open_: brings submissions up.
-        count: how many cells are played side by side; by default one a core.
+        count: how many cells are played side by side; by default one a core, as far as there is memory for the sandboxes.
         tell: is told how it goes.
 
     Raises:
@@ -117,7 +118,7 @@ def run(out: Path, open_: Opener, *, count: int | None = None, tell: Progress | 
         session = _Session(about, table, open_, directory, tell or Silent(), cells, len(known))
         directory.status("running")
         try:
-            session.play([row for row in left if row], count or threads.cores())
+            session.play([row for row in left if row], count or at_once(about))
         except KeyboardInterrupt:
             with contextlib.suppress(RunError):
                 directory.status("interrupted", "interrupted; go on with --resume")
@@ -128,6 +129,14 @@ def run(out: Path, open_: Opener, *, count: int | None = None, tell: Progress | 
             raise
         directory.status("finished")
     return Result("finished", out, session.done, cells)
+
+
+def at_once(about: About) -> int:
+    """Return how many cells to play side by side if nobody says: one a core, as far as there is memory for the sandboxes of each."""
+    defences = sum(one.side == "defence" for one in about.submissions)
+    each = (min(BLOCK, defences) + 2) * SANDBOX
+    free = memory.free()
+    return threads.cores() if free is None else max(1, min(threads.cores(), free // (2 * each)))
 
 
 class _Session:

@@ -157,7 +157,8 @@ def probe(name: str, *, role: Role = "teacher", when: When = "round", paper: str
         meta: further declarations. `task="classification"` refuses other tasks (a tuple names all that suit); `updates=True` asks for
             `ctx.updates`, which are gathered only for a probe that looks at them (a curious server always does). `asks="membership"`
             grants `ctx.candidates`, `population=True` grants `ctx.population`, `architecture=True` grants a user `ctx.model`: simulated
-            knowledge, which stands in the threat card.
+            knowledge, which stands in the threat card. `once=True` says that it acts in one round and is silent in the others: what it
+            found then stands in the summary.
     """
     return register("probe", name, role=role, when=when, paper=paper, **meta)
 

@@ -19,6 +19,7 @@ from fedtrust.probes.guesses import Property
     role="curious-server",
     task="classification",
     population=True,
+    once=True,
     paper="Melis, Song, De Cristofaro and Shmatikov, S&P 2019, section IV-C and algorithm 3 (passive)",
 )
 def property_inference(

@@ -20,8 +20,10 @@ from fedtrust.report.svg import Axes, Series, clipped, line_chart
 from fedtrust.report.verdict import is_none, listed, percent
 
 MOST_CLIENTS = 100_000  # an id above is a damaged record, not a client
-_SHARES = ("accuracy", "attack-success")
+_SHARES = ("accuracy", "attack-success", "released-accuracy")
 _SHARE_FAMILIES = ("recall/", "client-accuracy/", "detection/", "rare/", "common/")
+#: Of what a guess is worth: samples that came out exactly, labels that are right, answers that agree with the owner's, …
+_SHARE_ENDS = ("/exact", "/labels", "/fidelity", "/accuracy", "/balanced-accuracy", "/taken-for-it")
 _MOST_SCENARIO, _MOST_IMAGES, _MOST_ROWS, _MOST_COLUMNS = 60_000, 24, 60, 12
 STATUS_WORDS = {"finished": "finished", "failed": "failed", "interrupted": "was interrupted", "running": "has not ended"}
 
@@ -48,7 +50,7 @@ class Budget:
 
 def is_share(metric: str) -> bool:
     """Return whether a metric is a fraction that is shown as a percentage."""
-    return metric in _SHARES or metric.startswith(_SHARE_FAMILIES)
+    return metric in _SHARES or metric.startswith(_SHARE_FAMILIES) or metric.endswith(_SHARE_ENDS) or "/tpr-at-" in metric
 
 
 def shown(metric: str, value: float | None) -> str:

@@ -179,6 +179,7 @@ def test_check_says_what_fails(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (["exercise", "strat"], "(commands: list, new, start, check); did you mean 'start'?"),
         (["exercise", "start", "break-the-medain"], "did you mean 'break-the-median'"),
         (["exercise", "check", "nowhere.py"], "no such file"),
         (["tournament", "run", "here"], "needs SUBMISSIONS, --exercise and --out"),

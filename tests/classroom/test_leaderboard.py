@@ -111,6 +111,8 @@ def test_the_daily_phase_tells_rounded_scores_and_nothing_else(small, tmp_path):
     assert not any(str(seed) in written for seed in about.seeds)
     assert "opponent by opponent" not in written
     assert "against sign flip" not in written
+    assert "it raised an error" in written
+    assert "ValueError" not in written  # a submission's own words could carry out what it has seen
 
 
 def test_the_final_page_shows_the_commitment_and_what_was_verified(small, tmp_path):

@@ -64,8 +64,9 @@ def test_neither_home_nor_the_project_is_let_in() -> None:
     assert any(path.endswith("sklearn/datasets/data") for path in places.hidden())
 
 
-def test_interpreter_in_the_home_folder_itself_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.prefix", os.path.realpath(os.path.expanduser("~")))
+def test_interpreter_in_the_home_folder_itself_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr("sys.prefix", os.path.realpath(tmp_path))
     with pytest.raises(RunError, match="virtual environment"):
         places.programs()
 

@@ -300,6 +300,14 @@ def test_rows_keep_a_block_of_defences_and_all_cells_are_there_once():
     assert {c.attack for c in few if c.defence == "d0"} == {None, "a0", "a1", "a2"}
 
 
+def test_no_more_games_side_by_side_than_there_is_memory_for(small, handed, tmp_path, monkeypatch):
+    about = made(tmp_path / "out", small, handed)  # three defences: with two more, five sandboxes a game
+    monkeypatch.setattr(tournament.threads, "cores", lambda: 8)
+    for free, wanted in ((None, 8), (2**40, 8), (2 * 5 * 3 * hall.SANDBOX, 3), (1, 1)):
+        monkeypatch.setattr(tournament.memory, "free", lambda free=free: free)
+        assert tournament.at_once(about) == wanted
+
+
 def test_a_crew_keeps_few_players_up_and_those_that_are_used(small, tmp_path):
     opened = []
 
@@ -318,9 +326,7 @@ def test_a_crew_keeps_few_players_up_and_those_that_are_used(small, tmp_path):
 
 
 def test_an_audit_is_played_and_scored_by_the_engines_own_scorer(tmp_path):
-    text = (
-        exercise.find("who-was-in-the-training-set").read_text().replace("rounds = 15", "rounds = 2").replace("limit = 800", "limit = 200")
-    )
+    text = exercise.find("who-was-in-the-training-set").read_text().replace("rounds = 15", "rounds = 2")
     audit = exercise.load(exercise_file(tmp_path / "x", text))
     handed = hand_in(tmp_path / "handed", {"ann.py": "# play: x\n", "bob.py": "# fault: crash\n"})
     about = made(tmp_path / "out", audit, handed)

@@ -26,7 +26,7 @@ def report(scenario: Path | None, allow_plugins: Sequence[str], data_root: str |
     rows += [(f"import {name}", _imports(name)) for name in ("ray", "torchvision")]
     browser = next((b for b in _BROWSERS if shutil.which(b)), None)
     rows.append(("browser", f"{browser} (for the tests that open a report)" if browser else "no Chromium found; needed by some tests only"))
-    rows.append(("bubblewrap", "found" if shutil.which("bwrap") else "not found; needed only to run untrusted plugins in a sandbox"))
+    rows += _sandboxes()
     root = data_root or os.environ.get("FEDTRUST_DATA")
     rows.append(("data root", root or "not set (--data-root or FEDTRUST_DATA)"))
     if scenario is not None:
@@ -68,6 +68,13 @@ def _size(count: float | None) -> str:
     if count is None:
         return "unknown"
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+
+
+def _sandboxes() -> list[tuple[str, str]]:
+    """Return a line for each way to keep untrusted code in; each is tried."""
+    from fedtrust.classroom.sandbox import backends
+
+    return backends.doctor()
 
 
 def _scenario(path: Path, allow_plugins: Sequence[str], data_root: str | None) -> list[tuple[str, str]]:

@@ -110,7 +110,7 @@ class Measuring:
         metrics: Mapping[str, float],
     ) -> dict[str, float]:
         """Return the numbers that somebody found, guesses scored; `metrics` are those of this round so far."""
-        stamps = self._stamps()
+        stamps = self._stamps(full)
 
         def scored() -> dict[str, float | Artefact]:
             found: dict[str, float | Artefact] = {}
@@ -123,16 +123,26 @@ class Measuring:
             twice = sorted(metrics.keys() & numbers.keys())
             if twice:
                 raise ValueError(f"metric '{twice[0]}' is measured by another probe already")
-            if stamps != self._stamps():
-                raise ValueError("it changed the test samples or the clients' data in place")
+            changed = [what for what, stamp in self._stamps(full).items() if stamp != stamps[what]]
+            if changed:
+                raise ValueError(f"it changed {changed[0]} in place")
         except (Exception, SystemExit) as error:  # a student's code may raise anything
             raise RunError(f"{who} failed in round {full.round}: {type(error).__name__}: {error}") from error
         return numbers
 
-    def _stamps(self) -> tuple[int, ...]:
-        """Return the version counters of what probes are shown and must not write on."""
-        data = self._setup.world.data
-        return tuple(t._version for t in (data.x_test, data.y_test, data.x, data.y))
+    def _stamps(self, full: ProbeContext) -> dict[str, tuple[int, ...]]:
+        """Return the version counters of what several probes are shown, or the run goes on with, and nobody must write on."""
+        data, game = self._setup.world.data, self._setup.game
+        shared: dict[str, tuple[Tensor | None, ...]] = {
+            "the test samples": (data.x_test, data.y_test),
+            "the clients' data": (data.x, data.y),
+            "the candidates": () if game is None else (game.x, game.y, game.member),
+            "the observers' own samples": () if game is None else game.population,
+            "the updates": (full.updates,),
+            "the trust": (full.trust,),
+            "the models that were sent": tuple((full.sent or {}).values()),
+        }
+        return {what: tuple(t._version for t in tensors if t is not None) for what, tensors in shared.items()}
 
     def keep(self, name: str, found: Mapping[str, float | Artefact]) -> dict[str, float]:
         """Save the artefacts and return the numbers."""

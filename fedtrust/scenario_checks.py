@@ -374,7 +374,13 @@ def _probes(scenario: Scenario, data: DataSpec, origin: Origin) -> list[Ref]:
     for index, name in enumerate(names):
         if name in names[:index]:
             raise InputError(f"'{name}' stands there twice", f"probes[{index}]")
-    return [checked_ref(probe, "probe", f"probes[{i}]", origin) for i, probe in enumerate(probes)]
+    done = [checked_ref(probe, "probe", f"probes[{i}]", origin) for i, probe in enumerate(probes)]
+    for index, ref in enumerate(done):
+        once = _entry("probe", ref.name, f"probes[{index}]", origin).meta.get("once")
+        number = ref.params.get("at_round")
+        if once and isinstance(number, int) and number > scenario.rounds:
+            raise InputError(f"should be at most `rounds`, {scenario.rounds} (got {number}): it would never act", f"probes[{index}].at_round")
+    return done
 
 
 def behaviours(scenario: Scenario) -> Sequence[tuple[str, str, dict[str, Any]]]:

@@ -306,7 +306,7 @@ def test_doctor(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: p
     monkeypatch.setattr(cli_doctor, "_imports", lambda name: "works")
     code, out, _ = call(capsys, "doctor", "s.toml")
     assert code == 0
-    for words in ("python", "torch", "flwr", "import ray", "estimate", "logistic"):
+    for words in ("python", "torch", "flwr", "import ray", "sandbox bubblewrap", "sandbox landlock", "estimate", "logistic"):
         assert words in out
 
 

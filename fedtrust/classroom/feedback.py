@@ -82,7 +82,7 @@ def _feedback(about: About, board: Board, cells: Sequence[Outcome], line: Line) 
         span = "" if line.interval is None else f"95 % interval {percent(line.interval.low)} to {percent(line.interval.high)}"
         tiles[0] = ("Score", percent(line.score), span or "of 100")
         last = max(ln.group or 0 for ln in board.lines[line.side])
-        tiles += [("Rank", "–" if line.group is None else f"{line.group}", f"of {last} groups" if last else "")]
+        tiles += [("Rank", "–" if line.group is None else f"{line.group}", f"of {last}" if last else "")]
         tiles += [("Mark", f"{line.mark}", "")]
     return {
         "name": line.name,

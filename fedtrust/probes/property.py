@@ -12,6 +12,7 @@ from torch import Tensor
 from fedtrust.data.skew import PROPERTIES
 from fedtrust.probes.base import ProbeContext, Result, need, probe
 from fedtrust.probes.guesses import Property
+from fedtrust.probes.inversion_update import acts
 
 
 @probe(
@@ -39,9 +40,9 @@ def property_inference(
     there is no client's update to ask, and nothing is found.
 
     Raises:
-        ValueError: nearly all samples of the server have the property already.
+        ValueError: nearly all samples of the server have the property already, or the run never had such a round.
     """
-    if ctx.round != at_round or ctx.updates is None or not ctx.clients:
+    if not acts(ctx, at_round) or ctx.updates is None or not ctx.clients:
         return {}
     sent, train = need(ctx.sent, "the models that were sent"), need(ctx.shadow, "a trainer")
     size = int(median(need(ctx.examples, "the registered numbers of samples").values()))

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from fedtrust.probes.base import Artefact, ProbeContext, need, share
 from fedtrust.probes.guesses import Copies, Copy, scorer
+from fedtrust.release import Metered
 
 
 @scorer(Copy)
@@ -16,7 +17,7 @@ def copy_scored(guess: Copy, full: ProbeContext, seen: ProbeContext) -> dict[str
     `accuracy` the share that it gets right, `queries` what it took. `parameter-error`, where the thief claims the parameters themselves,
     is the largest difference to the true ones, without what softmax does not see: one vector added to all classes of the last layer.
     """
-    scores: dict[str, float | Artefact] = {**_agreement(guess, full), "queries": float(guess.queries)}
+    scores: dict[str, float | Artefact] = {**_agreement(guess, full, seen), "queries": float(guess.queries)}
     if guess.params is not None:
         scores["parameter-error"] = _parameter_error(guess.params, full)
     return scores
@@ -29,7 +30,7 @@ def copies_scored(guess: Copies, full: ProbeContext, seen: ProbeContext) -> dict
     scores = copy_scored(last, full, seen)
     lines: dict[str, list[list[float]]] = {"fidelity": [], "accuracy": []}
     for item in guess.items:
-        for name, value in _agreement(item, full).items():
+        for name, value in _agreement(item, full, seen).items():
             scores[f"{name}/{item.queries}"] = value
             lines[name].append([float(item.queries), value])
     x, y = _unseen(full)
@@ -44,12 +45,25 @@ def copies_scored(guess: Copies, full: ProbeContext, seen: ProbeContext) -> dict
     return scores | {"": Artefact("curve", "What a copy costs", caption, curve)}
 
 
-def _agreement(guess: Copy, full: ProbeContext) -> dict[str, float]:
+def _agreement(guess: Copy, full: ProbeContext, seen: ProbeContext) -> dict[str, float]:
     x, y = _unseen(full)
-    said = guess.predict(x.clone()).argmax(dim=-1)
+    said = _answered(guess, seen, x).argmax(dim=-1)
     if said.shape != y.shape:
         raise ValueError(f"a copy answers {list(said.shape)} for labels {list(y.shape)}")
     return {"fidelity": share(said == full.query(x).argmax(dim=-1)), "accuracy": share(said == y)}
+
+
+def _answered(guess: Copy, seen: ProbeContext, x: Tensor) -> Tensor:
+    """Return what a copy says.
+
+    Raises:
+        ValueError: it asks the owner's model: then it is none.
+    """
+    before = seen.query.asked if isinstance(seen.query, Metered) else 0
+    said = guess.predict(x.clone())
+    if isinstance(seen.query, Metered) and seen.query.asked != before:
+        raise ValueError("a copy asks the owner's model: what it answers must be its own")
+    return said
 
 
 def _unseen(full: ProbeContext) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -121,12 +121,12 @@ def reconstructions(guess: Reconstructions, full: ProbeContext, seen: ProbeConte
         and the pictures. Nothing where nothing was reconstructed but `exact` = 0.
     """
     span = span_of(full)
-    matched = [match(item, full, span) for item in guess.items if len(item.x)]
+    items = _by_client(guess.items, len(need(full.data, "the clients' data").parts))
+    matched = [match(item, full, span) for item in items if len(item.x)]
     if not matched:
         return {"exact": 0.0}
     each = torch.cat([m.psnr for m in matched])
-    total = sum(m.samples for m in matched if m.label != "somebody") + max((m.samples for m in matched if m.label == "somebody"), default=0)
-    total += sum(_owned(full, item) for item in guess.items if not len(item.x))
+    total = sum(m.samples for m in matched) + sum(_owned(full, item) for item in items if not len(item.x))
     errors = torch.cat([(m.guess - m.truth).double().square().flatten(1).mean(1) for m in matched])
     found: dict[str, float | Artefact] = {
         "psnr": _median(each),
@@ -142,6 +142,27 @@ def reconstructions(guess: Reconstructions, full: ProbeContext, seen: ProbeConte
         found["ssim"] = _median(torch.tensor(similar, dtype=torch.float64))
         found[""] = _pictures(matched, full)
     return found
+
+
+def _by_client(items: Sequence[Reconstruction], clients: int) -> list[Reconstruction]:
+    """Return one item a client, of the guesses that are finite: guessed twice, a sample is found once.
+
+    Raises:
+        ValueError: there is no such client.
+    """
+    found: dict[int | None, list[Reconstruction]] = {}
+    for item in items:
+        if item.client is not None and not 0 <= item.client < clients:
+            raise ValueError(f"samples of client {item.client} were guessed, but the clients are 0 to {clients - 1}")
+        sound = item.x.flatten(1).isfinite().all(1) if len(item.x) else torch.zeros(0, dtype=torch.bool)
+        found.setdefault(item.client, []).append(Reconstruction(item.client, item.x[sound], None if item.y is None else item.y[sound]))
+    return [_together(client, parts) for client, parts in found.items()]
+
+
+def _together(client: int | None, parts: Sequence[Reconstruction]) -> Reconstruction:
+    parts = [part for part in parts if len(part.x)] or parts[:1]
+    labels = [part.y for part in parts if part.y is not None]
+    return Reconstruction(client, torch.cat([part.x for part in parts]), torch.cat(labels) if len(labels) == len(parts) else None)
 
 
 def _owned(full: ProbeContext, item: Reconstruction) -> int:
@@ -186,7 +207,8 @@ def label_counts(guess: LabelCounts, full: ProbeContext, seen: ProbeContext) -> 
     """Score guessed label counts.
 
     Returns:
-        `samples`, the share of samples whose label was found (for each class the smaller of guess and truth); `classes`, the share of the
+        `samples`, the share of samples whose label was found (for each class the smaller of guess and truth; of the guesses, where they
+        are more than the samples); `classes`, the share of the
         classes that a client has that were found, over all clients; `error`, the mean absolute error of a count; and a table.
     """
     data = need(full.data, "the clients' data")
@@ -196,7 +218,7 @@ def label_counts(guess: LabelCounts, full: ProbeContext, seen: ProbeContext) -> 
     for client, counts in sorted(guess.counts.items()):
         own, said = truth[client].double(), counts.double()
         hits += float(torch.minimum(own, said).sum())
-        total += float(own.sum())
+        total += max(float(own.sum()), float(said.sum()))
         classes.append(said[own > 0] > 0)
         errors.append((own - said).abs())
         rows.append([f"client {client}", "has", *(f"{v:g}" for v in own.tolist())])

@@ -160,7 +160,7 @@ def _some(have: int, wanted: int, rng: torch.Generator) -> Tensor:
 def knockoff(
     ctx: ProbeContext,
     *,
-    queries: list[Count] = _BUDGETS,
+    queries: Annotated[list[Count], Field(min_length=1)] = _BUDGETS,
     inputs: Literal["population", "noise"] = "population",
     strategy: Literal["random", "adaptive"] = "random",
     epochs: Count = 10,

@@ -15,13 +15,13 @@ from fedtrust.errors import InputError, allowed_list, nearest
 from fedtrust.registry import KINDS, REGISTRY, Entry, Kind
 
 _ABOUT: dict[Kind, str] = {
-    "behaviour": "what clients do: clients.behaviour (honest) or [[attackers]] (malicious)",
+    "behaviour": "clients.behaviour (honest), [[attackers]] (malicious): what they do",
     "filter": "strategy.filters: updates to updates",
     "aggregator": "strategy.aggregator: updates to one change of the model",
     "step": "strategy.steps: the change of the model to another",
     "repair": "strategy.repairs: the model to another, after the last round",
     "sender": "[malicious_server]: what clients are sent in place of the model",
-    "answer": "[release].defences: what users are told, in place of the model's probabilities",
+    "answer": "release.defences: what users are told of the probabilities",
     "probe": "[[probes]]: what is measured, and by whom",
     "model": "[model]",
     "loss": "clients.train.loss",

@@ -379,7 +379,9 @@ def _probes(scenario: Scenario, data: DataSpec, origin: Origin) -> list[Ref]:
         once = _entry("probe", ref.name, f"probes[{index}]", origin).meta.get("once")
         number = ref.params.get("at_round")
         if once and isinstance(number, int) and number > scenario.rounds:
-            raise InputError(f"should be at most `rounds`, {scenario.rounds} (got {number}): it would never act", f"probes[{index}].at_round")
+            raise InputError(
+                f"should be at most `rounds`, {scenario.rounds} (got {number}): it would never act", f"probes[{index}].at_round"
+            )
     return done
 
 

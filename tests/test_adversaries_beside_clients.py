@@ -298,3 +298,30 @@ def test_shadow_models_are_what_clients_would_have_trained(small: Small, out: Pa
     assert len({tuple(row[:5].tolist()) for row in first[0]}) == 3
     assert not torch.equal(first[0][0], first[1][0])  # other batches
     assert first[2].norm(dim=1).min() > 0
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("candidates", "the candidates"),
+        ("population", "the observers' own samples"),
+        ("updates", "the updates"),
+        ("trust", "the trust"),
+        ("sent", "the models that were sent"),
+    ],
+)
+def test_who_writes_on_what_others_are_shown_is_named(small: Small, out: Path, what: str, said: str) -> None:
+    """The candidates serve every probe of every round; the trust goes into the record."""
+
+    @probe("scribbler", role="curious-server", asks="membership", population=True)
+    def scribbler(ctx: ProbeContext) -> dict[str, float]:
+        """Writes on one of the things that it sees."""
+        if ctx.round == 0:
+            return {}
+        shown = getattr(ctx, what)
+        tensor = next(iter(shown.values())) if what == "sent" else shown[0] if isinstance(shown, tuple) else shown
+        tensor.mul_(2)
+        return {}
+
+    with pytest.raises(RunError, match=f"probe 'scribbler' failed in round 1: ValueError: it changed {said} in place"):
+        run(small(probes=["scribbler"], strategy={"aggregator": "multi-krum"}), out, engine="local")

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from fedtrust.registry import REGISTRY
+from fedtrust.client import overrides
+from fedtrust.registry import REGISTRY, Entry
 from fedtrust.runner import run
 from fedtrust.scenario import Scenario, load, parse
 from fedtrust.setup import build
@@ -101,9 +102,15 @@ def test_a_repair_is_timed_by_itself(tmp_path: Path) -> None:
 
 
 SCENARIOS = Path(__file__).parent.parent / "scenarios"
-#: What no arena plays: what honest clients do (a scenario has one behaviour for all of them), replies that are broken on purpose, and rules
-#: that need a model or weights of their own.
-ELSEWHERE = {"honest", "fedprox", "abl", "trimmed-loss", "knn-filter", "dpa", "malformed", "weighted-mean"}
+#: What no arena plays beside what honest clients do (a scenario has one behaviour for all of them), what only extracts something, and what
+#: hides the updates: replies that are broken on purpose, rules that need a model or weights of their own, noise that clients add.
+ELSEWHERE = {"malformed", "weighted-mean", "dpa", "distributed-discrete-gaussian"}
+
+
+def damages(entry: Entry) -> bool:
+    """Whether it is an attack on the model, or a rule that looks at the updates."""
+    extracts = entry.kind == "behaviour" and overrides(entry.target, "claim")
+    return not (entry.plugin or entry.name in ELSEWHERE or entry.meta.get("role") == "honest" or extracts or entry.meta.get("hides"))
 
 
 def arenas(*overrides: str) -> dict[str, Scenario]:
@@ -112,8 +119,8 @@ def arenas(*overrides: str) -> dict[str, Scenario]:
 
 def test_every_attack_stands_in_an_arena_and_every_rule_in_each() -> None:
     """Whoever adds an attack or a rule has to enter it."""
-    attacks = {entry.name for entry in REGISTRY if entry.kind == "behaviour" and not entry.plugin} - ELSEWHERE
-    rules = {entry.name for entry in REGISTRY if entry.kind in ("aggregator", "filter") and not entry.plugin} - ELSEWHERE
+    attacks = {entry.name for entry in REGISTRY if entry.kind == "behaviour" and damages(entry)}
+    rules = {entry.name for entry in REGISTRY if entry.kind in ("aggregator", "filter") and damages(entry)}
     repairs = {entry.name for entry in REGISTRY if entry.kind == "repair" and not entry.plugin}
     found = arenas()
     played = {group.behaviour for scenario in found.values() for groups in scenario.axes()["attackers"].values() for group in groups}

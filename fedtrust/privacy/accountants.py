@@ -32,6 +32,10 @@ _MOST_BINS = 300_000
 LEAST_NOISE = 0.05
 
 
+#: Noise below this is none: its privacy loss is beyond what floating point can say.
+_NO_NOISE = 1e-100
+
+
 class Release(NamedTuple):
     """One release of a noised sum.
 
@@ -88,7 +92,7 @@ def epsilon_of(releases: Mapping[Release, int], delta: float, *, method: Method 
         raise ValueError("releases under different neighbouring relations do not compose to one ε")
     if not told:
         return 0.0
-    if any(release.sigma == 0 for release in told):
+    if any(release.sigma < _NO_NOISE for release in told):
         return math.inf
     if method == "rdp":
         return _by_rdp(told, delta)

@@ -168,9 +168,10 @@ def record_subject(name: str, behaviour: Any, part: Participation, trials: int, 
         return sampling.noise_test(trials_of.record_noise(own, seed), LONG[0] * behaviour.clip, LONG[0], _CERTAIN * alpha)
 
     claims = (
-        f"ε = {spent.epsilon:.4g} at δ = {spent.delta:g} for a client with {part.examples} records, {part.rounds} rounds ({spent.relation})"
+        f"ε = {spent.epsilon:.4g} at δ = {spent.delta:g} for a client with {part.examples} records asked in {part.rounds} rounds "
+        f"({spent.relation})"
     )
-    return Subject(name, spent.unit, f"{claims} ({spent.relation})", (*tests, one_run, drawn, fresh))
+    return Subject(name, spent.unit, claims, (*tests, one_run, drawn, fresh))
 
 
 def _horizon(part: Participation) -> tuple[int, int]:

@@ -148,3 +148,33 @@ def test_a_prototype_is_compared_with_the_mean_and_the_nearest_sample() -> None:
     assert found["gan/psnr-nearest"] == pytest.approx(20.0, abs=1e-4)
     assert found["gan/taken-for-it"] == 1.0  # this model takes everything for class 0
     assert score("gan", Prototype(2, x[:1]), full, full) == {}  # a class that nobody has
+
+
+def test_who_claims_more_labels_than_there_are_samples_has_not_found_them_all() -> None:
+    full = teacher(images(4), [0, 0, 1, 2], [[0, 1, 2, 3]])
+    found = score("labels", LabelCounts({0: torch.tensor([100, 100, 100])}), full, full)
+    assert found["labels/samples"] == pytest.approx(4 / 300)
+
+
+@pytest.mark.parametrize("client", [0, None])
+def test_a_sample_that_is_guessed_twice_is_found_once(client: int | None) -> None:
+    x = images(4)
+    full = teacher(x, [0, 0, 1, 2], [[0, 1, 2, 3]])
+    one = Reconstruction(client, x[:1], torch.tensor([0]))
+    found = score("r", Reconstructions((one, one, Reconstruction(client, x[:0]))), full, full)
+    assert found["r/exact"] == 1 / 4
+    assert found["r/labels"] == 1 / 2  # the second one is left with somebody else's picture, or the other sample of its class
+    assert score("r", Reconstructions((one,) * 8), full, full)["r/exact"] == 1 / 4
+
+
+def test_a_guess_that_is_not_finite_is_none_and_a_client_that_does_not_exist_is_refused() -> None:
+    x = images(4)
+    full = teacher(x, [0, 0, 1, 2], [[0, 1], [2, 3]])
+    broken = torch.full_like(x[:1], float("nan"))
+    found = score("r", Reconstructions((Reconstruction(1, torch.cat([broken, x[2:3]]), torch.tensor([0, 1])),)), full, full)
+    assert found["r/exact"] == 1 / 2
+    assert found["r/labels"] == 1
+    assert score("r", Reconstructions((Reconstruction(1, broken),)), full, full) == {"r/exact": 0.0}
+    for client in (-1, 2):
+        with pytest.raises(ValueError, match=f"samples of client {client} were guessed, but the clients are 0 to 1"):
+            score("r", Reconstructions((Reconstruction(client, x[:1]),)), full, full)

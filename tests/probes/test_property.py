@@ -131,3 +131,10 @@ def test_it_acts_in_the_round_that_it_is_told(small: Callable[..., Scenario], tm
     run(small(**changes), tmp_path / "run", engine="local")
     lines = [json.loads(line)["metrics"] for line in (tmp_path / "run" / "rounds.jsonl").read_text().splitlines()]
     assert [bool(metrics) for metrics in lines] == [False, False, True]
+
+
+@pytest.mark.parametrize("name", ["property-inference", "dlg", "analytic-inversion"])
+def test_a_round_that_never_comes_is_refused(small: Callable[..., Scenario], name: str) -> None:
+    with pytest.raises(InputError, match=r"at most `rounds`, 1 \(got 2\)") as caught:
+        small(**FEDERATION, probes=[{"name": name, "at_round": 2}])
+    assert caught.value.where == "probes[0].at_round"

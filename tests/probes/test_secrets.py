@@ -196,3 +196,10 @@ def test_perplexity_by_hand() -> None:
 def test_a_user_does_not_see_the_secrets() -> None:
     with pytest.raises(PermissionError, match="does not see the clients' data"):
         measure("canary-exposure", ctx(weighted, data=None))
+
+
+def test_who_claims_the_same_twice_has_claimed_it_once() -> None:
+    full = ctx(weighted, data=federated(secret("ada", "12", 1)))
+    found = score("s", Secrets(("the code of ada is 12",) * 9 + ("the code of bob is 12",), 3), full, full)
+    assert found["s/claims"] == 2
+    assert found["s/precision"] == 1 / 2

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from fedtrust.data.base import Task
-from fedtrust.errors import RunError
+from fedtrust.errors import InputError, RunError
 from fedtrust.layout import Layout
 from fedtrust.models.architecture import Architecture
 from fedtrust.probes.base import Artefact, ProbeContext
 from fedtrust.probes.guesses import Copies, Copy, score
 from fedtrust.probes.stealing import _adaptive, _learn, _spread
-from fedtrust.release import Form
+from fedtrust.release import Form, Metered
 from fedtrust.runner import run
 from fedtrust.scenario import Scenario
 from tests.probes.probe_kit import context, measure, numbers, says
@@ -217,3 +217,17 @@ def test_a_thief_without_so_many_samples_says_so(small: Small, out: Path) -> Non
 def test_noise_has_no_labels_to_adapt_to() -> None:
     with pytest.raises(ValueError, match="noise has none"):
         measure("knockoff", context(), inputs="noise", strategy="adaptive")
+
+
+def test_a_copy_that_asks_the_owner_is_none() -> None:
+    victim = Victim()
+    seen = victim.context(query=Metered(victim, None))
+    with pytest.raises(ValueError, match="a copy asks the owner's model"):
+        score("copy", Copy(seen.query, 0), victim.teacher(), seen)
+    assert score("copy", Copy(victim.output, 0), victim.teacher(), seen)["copy/fidelity"] == 1
+
+
+def test_knockoff_refuses_to_ask_nothing(small: Small) -> None:
+    with pytest.raises(InputError, match="at least 1 item") as caught:
+        small(probes=[{"name": "knockoff", "queries": []}])
+    assert caught.value.where == "probes[0].queries"

@@ -25,7 +25,7 @@ lint: $(STAMP)  ## ruff and mypy --strict
 	$(BIN)/mypy
 
 test: $(STAMP)  ## the tests (five to ten minutes on two cores)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-all: $(STAMP)  ## the slow tests as well
 	$(BIN)/python -m pytest -m "not gpu"

@@ -91,6 +91,8 @@ def recorded_findings(setup: Setup, directory: Path) -> list[Finding]:
     for claim in read_json(summary).get("privacy", []):
         if missing := {"by", "epsilon", "delta"} - claim.keys():
             raise InputError(f"summary.json is damaged: a guarantee without its {min(missing)}", str(directory))
+        true: float | None
+        delta: float | None
         if claim["by"] == "clients" and "mechanism" in claim:  # the noise of a filter, which has no audit: see docs/audit.md
             continue
         if claim["by"] == "server" and isinstance(setup.strategy, PrivateStrategy):

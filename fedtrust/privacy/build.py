@@ -121,7 +121,7 @@ def advice(mechanism: Mechanism, size: int) -> list[str]:
         f"privacy: noise on the mean has std {std:.3g} a coordinate at clip {clip:.3g}; over {size:,} parameters it is "
         f"{burden:.3g} times as long as the longest update",
     ]
-    if mechanism.sigma <= LEAST_NOISE * 1.01:
+    if LEAST_NOISE <= mechanism.sigma <= LEAST_NOISE * 1.01:  # below it nothing was calibrated: σ was given
         lines.append(f"privacy: the target is so lax that the least noise considered, σ = {mechanism.sigma:.3g}, keeps it")
     if mechanism.delta >= 1 / mechanism.sampler.count:
         share = 1 / mechanism.sampler.count

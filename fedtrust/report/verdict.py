@@ -166,6 +166,8 @@ def _run(summary: RunSummary) -> list[str]:
     unfinished = summary.status not in ("", "finished")
     how = {"failed": "The run failed", "interrupted": "The run was interrupted"}.get(summary.status, "The run has not ended")
     said = [f"{how}; the numbers are those of its last round."] if unfinished else []
+    found = findings.sentences(summary.metrics)
+    said += found
     if success is not None and attacked:
         word = {"won": "beats", "partial": "gets part of its way against", "held": "is held by", "unknown": "meets"}[
             cell_outcome(None, None, success)
@@ -174,7 +176,7 @@ def _run(summary: RunSummary) -> list[str]:
     if accuracy is not None:
         who = (
             "Accuracy"
-            if success is not None and attacked
+            if (success is not None and attacked) or (found and not attacked)
             else _start(f"{rule} under {attack}" if attacked else f"{rule} without an attack") + ": accuracy"
         )
         said.append(f"{who} ends at {percent(accuracy)}.")

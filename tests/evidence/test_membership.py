@@ -43,10 +43,10 @@ DP = (("clip", 1.0), ("noise", 1.0))
 def measured(probe: str, rounds: int = 10, protection: tuple[tuple[str, float], ...] = (), **params: Any) -> dict[str, float]:
     """Return the metrics after the last round, averaged over the seeds."""
     given = dict(protection)
-    guarded = {
-        "filters": [{"name": "norm-clip", "max_norm": given["clip"]}],
-        "steps": [{"name": "gaussian-noise", "noise_multiplier": given["noise"]}],
-    }
+    guarded: dict[str, Any] = {"aggregator": "mean"}
+    if given:
+        guarded["filters"] = [{"name": "norm-clip", "max_norm": given["clip"]}]
+        guarded["steps"] = [{"name": "gaussian-noise", "noise_multiplier": given["noise"]}]
     rows = []
     for seed in SEEDS:
         document = {
@@ -56,7 +56,7 @@ def measured(probe: str, rounds: int = 10, protection: tuple[tuple[str, float], 
             "data": {"source": {"name": "mnist5k", "limit": 200, "test_fraction": 0.5}, "partition": "iid"},
             "model": {"name": "mlp", "hidden": [128]},
             "clients": {"count": 4, "train": {"lr": 0.1, "momentum": 0.9, "batch_size": 10, "epochs": 10}},
-            "strategy": guarded if given else {"aggregator": "mean"},
+            "strategy": guarded,
             "probes": ["accuracy", {"name": probe, **params}],
         }
         with tempfile.TemporaryDirectory() as folder:

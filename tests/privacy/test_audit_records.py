@@ -11,6 +11,10 @@ import pytest
 
 from fedtrust.cli import main
 from fedtrust.privacy.accountants import epsilon_gaussian, epsilon_poisson
+from fedtrust.privacy.build import advice
+from fedtrust.privacy.clipping import FixedClip
+from fedtrust.privacy.mechanisms import Mechanism
+from fedtrust.privacy.samplers import Poisson
 from tests.privacy.test_audit_command import RECORD, SERVER
 
 
@@ -58,3 +62,9 @@ def test_a_filters_own_guarantee_is_not_held_against_the_clients(tmp_path: Path,
 def test_next_to_no_noise_has_no_finite_epsilon(sigma: float) -> None:
     assert math.isinf(epsilon_gaussian(sigma, 3, 1e-5))
     assert math.isinf(epsilon_poisson(0.1, sigma, 3, 1e-5))
+
+
+@pytest.mark.parametrize(("sigma", "lax"), [(0.01, False), (0.05, True), (1.0, False)])
+def test_only_a_target_can_be_lax(sigma: float, lax: bool) -> None:
+    everybody = Mechanism(sampler=Poisson(4, 4, 1), clip=FixedClip(1.0), sigma=sigma, delta=1e-5, rounds=2, seed=1)
+    assert any("so lax" in line for line in advice(everybody, 10)) == lax

@@ -73,13 +73,17 @@ def audit(
 
 def recorded_findings(setup: Setup, directory: Path) -> list[Finding]:
     """Hold what a run has written down against its mechanisms: whom it asked, and the ε in its summary."""
+    from fedtrust.privacy.accounts import ClientAccount
     from fedtrust.privacy.audit import Finding
     from fedtrust.privacy.server import PrivateStrategy
     from fedtrust.privacy.summary import guarantees
     from fedtrust.runs import CLIENTS, ROUNDS, RunDirectory, read_json
 
     run, found = RunDirectory(directory), []
-    rounds = [r for r in run.records(ROUNDS) if 1 <= r["round"] <= setup.scenario.rounds]
+    try:
+        rounds, rows = [r for r in run.records(ROUNDS) if 1 <= r["round"] <= setup.scenario.rounds], run.records(CLIENTS)
+    except ValueError as error:
+        raise InputError(f"a record is damaged: {error}", str(directory)) from None
     if isinstance(setup.strategy, PrivateStrategy):
         mechanism = setup.strategy.mechanism
         odd = [r["round"] for r in rounds if sorted(r["cohort"]) != mechanism.cohort(r["round"])]
@@ -88,7 +92,14 @@ def recorded_findings(setup: Setup, directory: Path) -> list[Finding]:
     summary = directory / "summary.json"
     if not summary.is_file():
         return found
-    for claim in read_json(summary).get("privacy", []):
+    told = read_json(summary)
+    claimed = {claim.get("by") for claim in told.get("privacy", []) if "mechanism" not in claim or claim.get("by") == "server"}
+    owed = {"server"} if isinstance(setup.strategy, PrivateStrategy) else set()
+    owed |= {"clients"} if isinstance(setup.roster.honest, ClientAccount) else set()
+    for by in sorted(owed - claimed):
+        said = f"summary.json names no guarantee by the {by}, though the run gave one"
+        found.append(Finding("ε of the run", f"by the {by}", None, None, 0.0, False, said, len(rounds)))
+    for claim in told.get("privacy", []):
         if missing := {"by", "epsilon", "delta"} - claim.keys():
             raise InputError(f"summary.json is damaged: a guarantee without its {min(missing)}", str(directory))
         true: float | None
@@ -98,9 +109,10 @@ def recorded_findings(setup: Setup, directory: Path) -> list[Finding]:
         if claim["by"] == "server" and isinstance(setup.strategy, PrivateStrategy):
             # Every round up to the last that is recorded was released, whether its line is still there or not.
             releases = max((r["round"] for r in rounds), default=0)
+            releases = setup.scenario.rounds if told.get("status") == "finished" else releases
             true, delta = setup.strategy.mechanism.epsilon(releases), setup.strategy.mechanism.delta
         else:
-            own = [g for g in guarantees(None, setup.roster, setup.world, run.records(CLIENTS)) if g["by"] == claim["by"]]
+            own = [g for g in guarantees(None, setup.roster, setup.world, rows) if g["by"] == claim["by"]]
             true, delta = (own[0]["epsilon"], own[0]["delta"]) if own else (None, None)
         fits = true is not None and claim["epsilon"] is not None and claim["epsilon"] >= true - 1e-6 and claim["delta"] == delta
         said = f"summary.json says ε = {claim['epsilon']} at δ = {claim['delta']}, the accountant {true} at {delta}"

@@ -76,7 +76,9 @@ def resolve(scenario: Scenario, origin: Origin) -> Scenario:
     if scenario.strategy.behaviour is not None and scenario.sweep is None:
         raise InputError("is for the strategies of a sweep; here set clients.behaviour", "strategy.behaviour")
     resolved = scenario.model_copy(update=updates)
-    return scenario_cells.resolve(resolved, origin)
+    done = scenario_cells.resolve(resolved, origin)
+    scenario_private.must_mean(done)
+    return done
 
 
 def _entry(kind: Kind, name: str, where: str, origin: Origin) -> Entry:

@@ -131,7 +131,8 @@ class Mechanism:
         std = self.std(bound)
         noised = total.double() + torch.from_numpy(std * self.noise(round_number, total.numel()))
         entry = torch.tensor([[round_number, self.sigma, self.sampler.per_round, self.sampler.count, bound, std]], dtype=torch.float64)
-        new = {"ledger": torch.cat([ledger, entry]), "clip": torch.tensor(self._next(bound, factor, round_number), dtype=torch.float64)}
+        following = torch.tensor(self._next(bound, factor, round_number), dtype=torch.float64)
+        new = {"ledger": torch.cat([ledger, entry]), "terms": self._terms, "clip": following}
         return Released((noised / self.sampler.per_round).float(), new)
 
     def noise(self, round_number: int, size: int) -> npt.NDArray[np.float64]:
@@ -155,12 +156,22 @@ class Mechanism:
         """Refuse a ledger that is not this mechanism's.
 
         Raises:
-            InputError: some release had other noise or another sampling.
+            InputError: some release had other noise or another sampling, or was made for another δ.
         """
+        terms = state.get("terms")
+        if len(self.ledger(state)) and (terms is None or not torch.equal(terms, self._terms)):
+            raise InputError("the privacy ledger was kept under other terms (mechanism, sampling, δ) than this mechanism's")
         for row in self.ledger(state).tolist():
             said = dict(zip(LEDGER, row, strict=True))
             if (said["sigma"], said["per_round"], said["count"]) != (self.sigma, self.sampler.per_round, self.sampler.count):
                 raise InputError(f"the privacy ledger's release of round {said['round']:g} is not one of this mechanism")
+
+    @property
+    def _terms(self) -> Tensor:
+        """What its releases are accounted under, as a checkpoint can hold it: bytes [b]."""
+        facts = self.facts()
+        said = [str(facts.get(key, "")) for key in ("mechanism", "sampling", "relation", "delta", "bands", "participations")]
+        return torch.tensor(list("|".join(said).encode()), dtype=torch.uint8)
 
     def releases(self, count: int) -> dict[Release, int]:
         """Return how `count` rounds are accounted for."""

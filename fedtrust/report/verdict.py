@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, Literal
 
+from fedtrust.report import findings
 from fedtrust.report.load import Cell, MatrixSummary, RunSummary, Threat, validated
 
 Outcome = Literal["won", "partial", "held", "unknown"]
@@ -166,7 +167,7 @@ def _run(summary: RunSummary) -> list[str]:
     unfinished = summary.status not in ("", "finished")
     how = {"failed": "The run failed", "interrupted": "The run was interrupted"}.get(summary.status, "The run has not ended")
     said = [f"{how}; the numbers are those of its last round."] if unfinished else []
-    found = findings.sentences(summary.metrics)
+    found = findings.sentences({name: value for name, value in summary.metrics.items() if value is not None})
     said += found
     if success is not None and attacked:
         word = {"won": "beats", "partial": "gets part of its way against", "held": "is held by", "unknown": "meets"}[
@@ -203,15 +204,27 @@ def _matrix(summary: MatrixSummary, *, brief: bool = False) -> list[str]:
     calm = [duel for duel in every if is_none(duel.attack, summary.threats)]
     if brief:
         return [*_hardly_learnt(fights, calm), *_calm(calm), *_caveats(summary, fights, calm, partitions=False)]
-    said = [*_hardly_learnt(fights, calm), _headline(fights, calm)]
+    found = findings.by_strategy(_by_strategy(summary.cells))
+    said = [*_hardly_learnt(fights, calm), *(found if not fights else []), _headline(fights, calm)]
     for attack in dict.fromkeys(duel.attack for duel in fights):
         mine = worst(duel for duel in fights if duel.attack == attack)
         judged = [duel for duel in mine if duel.outcome != "unknown"]
         said += [_duel_sentence(attack, judged, summary.threats.get(attack, []))] if judged else _unjudged(attack, mine)
-    said += _partitions(fights)
+    said += _partitions(fights) + (found if fights else [])
     if calm and fights:
         said += _calm(calm)
     return [sentence for sentence in said if sentence] + _caveats(summary, fights, calm)
+
+
+def _by_strategy(cells: list[Cell]) -> dict[str, dict[str, float]]:
+    """Return what each strategy's cells measured, averaged over all of them."""
+    grouped: dict[str, list[Cell]] = {}
+    for cell in cells:
+        if cell.ok:
+            grouped.setdefault(cell.strategies, []).append(cell)
+    names = {strategy: dict.fromkeys(name for cell in each for name in cell.metrics) for strategy, each in grouped.items()}
+    every = {strategy: {name: mean(each, name) for name in names[strategy]} for strategy, each in grouped.items()}
+    return {strategy: {name: value for name, value in values.items() if value is not None} for strategy, values in every.items()}
 
 
 def worst(duels: Any) -> list[Duel]:

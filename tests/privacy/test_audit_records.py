@@ -68,3 +68,28 @@ def test_next_to_no_noise_has_no_finite_epsilon(sigma: float) -> None:
 def test_only_a_target_can_be_lax(sigma: float, lax: bool) -> None:
     everybody = Mechanism(sampler=Poisson(4, 4, 1), clip=FixedClip(1.0), sigma=sigma, delta=1e-5, rounds=2, seed=1)
     assert any("so lax" in line for line in advice(everybody, 10)) == lax
+
+
+def test_a_summary_that_keeps_quiet_about_the_guarantee_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = played(tmp_path, SERVER)
+    summary = json.loads((out / "summary.json").read_text())
+    (out / "summary.json").write_text(json.dumps(summary | {"privacy": []}))
+    assert main(["audit", str(out), "--trials", "200"]) == 1
+    assert "names no guarantee by the server" in capsys.readouterr().out
+
+
+def test_rounds_that_were_cut_off_do_not_make_it_cheaper(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = played(tmp_path, SERVER)
+    lines = (out / "rounds.jsonl").read_text().splitlines(keepends=True)
+    (out / "rounds.jsonl").write_text("".join(lines[:-1]))
+    changed(out, epsilon=json.loads(lines[-2])["epsilon"])
+    assert main(["audit", str(out), "--trials", "200"]) == 1
+    assert "the accountant" in capsys.readouterr().out
+
+
+def test_a_record_that_is_no_record_is_damage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = played(tmp_path, SERVER)
+    with (out / "rounds.jsonl").open("a") as file:
+        file.write("garbage\n")
+    assert main(["audit", str(out), "--trials", "200"]) == 2
+    assert "damaged" in capsys.readouterr().err

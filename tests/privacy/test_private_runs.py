@@ -238,6 +238,17 @@ def test_a_resume_with_other_noise_is_refused(small: Small, out: Path) -> None:
         resume(out, engine="local")
 
 
+def test_a_ledger_kept_under_other_terms_is_refused(small: Small, out: Path) -> None:
+    """The same noise costs less if the cohorts were drawn by Poisson sampling, or if δ is larger."""
+    run(small(**PRIVATE, rounds=3), out, engine="local", listener=Stops(1))
+    text = (out / "scenario.toml").read_text()
+    for old, new in (("noise_multiplier = 1.0", 'noise_multiplier = 1.0, sampling = "fixed"'), ("delta = 1e-05", "delta = 0.001")):
+        assert old in text
+        (out / "scenario.toml").write_text(text.replace(old, new))
+        with pytest.raises(InputError, match="under other terms"):
+            resume(out, engine="local")
+
+
 # What is refused
 
 
@@ -272,6 +283,33 @@ def test_what_cannot_be_meant_is_refused_with_the_reason(small: Small, changes: 
         small(**{**PRIVATE, **changes})
     assert caught.value.where == where
     assert message in str(caught.value)
+
+
+def test_attackers_who_could_copy_an_honest_update_into_the_sum_are_refused(small: Small) -> None:
+    """One client's update would be in it several times, and its ε larger than what is reported."""
+    mimic = [{"behaviour": "mimic", "count": 2}]
+    for changes, where in (
+        ({**PRIVATE, "attackers": mimic}, "attackers[0].knowledge"),
+        ({"strategy": {"filters": [{"name": "distributed-discrete-gaussian"}]}, "attackers": mimic}, "attackers[0].knowledge"),
+        ({**PRIVATE, "sweep": {"attackers": {"none": [], "copy": mimic}}}, "sweep.attackers.copy[0].knowledge"),
+    ):
+        with pytest.raises(InputError, match="more than once") as caught:
+            small(**changes)
+        assert caught.value.where == where
+    small(**PRIVATE, attackers=[{"behaviour": "ipm", "count": 2}])  # sees its own coalition only
+    small(clients={"behaviour": {"name": "local-dp", "noise_multiplier": 1.0}}, attackers=mimic)  # sees noised updates only
+
+
+def test_central_privacy_by_a_server_that_attacks_is_refused(small: Small) -> None:
+    with pytest.raises(InputError, match="trusts the server"):
+        small(**PRIVATE, malicious_server={"sender": "gradient-ascent"})
+
+
+@pytest.mark.parametrize(("behaviour", "filters"), [({"name": "dp-sgd", "noise_multiplier": 1.0}, []), ("honest", ["secure-aggregation"])])
+def test_clients_who_protect_themselves_are_not_asked_by_repairs(small: Small, behaviour: Any, filters: list[str]) -> None:
+    strategy = {"filters": filters, "repairs": [{"name": "fine-pruning", "by": "clients"}]}
+    with pytest.raises(InputError, match="asks the clients about their data"):
+        small(clients={"behaviour": behaviour}, model="cnn", strategy=strategy)
 
 
 def test_an_adaptive_clip_whose_count_costs_all_is_refused(small: Small) -> None:

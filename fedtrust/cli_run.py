@@ -148,8 +148,7 @@ def _metrics(summary: Mapping[str, Any]) -> Table:
         box=None, padding=(0, 2, 0, 0), title=str(summary.get("title", "")), title_justify="left", title_style="bold", show_header=False
     )
     for key, value in sorted((summary.get("metrics") or {}).items()):
-        fraction = "loss" not in key and isinstance(value, int | float) and 0 <= value <= 1
-        table.add_row(key, console.share(value) if fraction else f"{value:.4g}")
+        table.add_row(key, _number(key, value))
     return table
 
 
@@ -170,7 +169,9 @@ def _repairs(summary: Mapping[str, Any]) -> Table:
 def _number(key: str, value: Any) -> str:
     if value is None:
         return "–"
-    return console.share(value) if "loss" not in key and 0 <= value <= 1 else f"{value:.4g}"
+    from fedtrust.report.parts import is_share
+
+    return console.share(value) if is_share(key) else f"{value:.4g}"
 
 
 def _claims(summary: Mapping[str, Any]) -> Table:

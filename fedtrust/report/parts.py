@@ -21,7 +21,9 @@ from fedtrust.report.verdict import is_none, listed, percent
 
 MOST_CLIENTS = 100_000  # an id above is a damaged record, not a client
 _SHARES = ("accuracy", "attack-success", "released-accuracy")
-_SHARE_FAMILIES = ("recall/", "client-accuracy/", "detection/", "rare/", "common/")
+_SHARE_FAMILIES = (
+    "recall/", "client-accuracy/", "detection/", "rare/", "common/", "attack-success/", "dpa-certificate/", "crfl-certificate/",
+)  # fmt: skip
 #: Of what a guess is worth: samples that came out exactly, labels that are right, answers that agree with the owner's, …
 _SHARE_ENDS = ("/exact", "/labels", "/fidelity", "/accuracy", "/balanced-accuracy", "/taken-for-it")
 _MOST_SCENARIO, _MOST_IMAGES, _MOST_ROWS, _MOST_COLUMNS = 60_000, 24, 60, 12

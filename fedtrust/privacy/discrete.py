@@ -27,6 +27,9 @@ _PLACES, _HIGH, _WORK = 192, 64, 256
 #: Above this the table of `draw` would take more memory than it is worth.
 LARGEST_SIGMA = 2.0**17
 
+#: Below this all but 2^-190 of the distribution lies on zero.
+LEAST_SIGMA = 0.06
+
 
 def below(n: int, rng: np.random.Generator) -> int:
     """Return a whole number uniform in 0 … n − 1; n may have any number of digits."""
@@ -91,6 +94,8 @@ def draw(sigma: float, size: int, rng: np.random.Generator) -> npt.NDArray[np.in
     if not 0 < sigma <= LARGEST_SIGMA:
         raise ValueError(f"the discrete Gaussian is drawn for σ above 0 and up to {LARGEST_SIGMA:g}, got {sigma}")
     high, full = _thresholds(sigma)
+    if not full:  # nothing but zero has a probability above 2^-192
+        return np.zeros(size, dtype=np.int64)
     first = rng.integers(0, 2**_HIGH, size=size, dtype=np.uint64)
     sizes = np.searchsorted(high, first, side="right").astype(np.int64)
     unclear = np.flatnonzero((sizes > 0) & (high[np.maximum(sizes, 1) - 1] == first))

@@ -18,7 +18,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from fedtrust.privacy.discrete import LARGEST_SIGMA, draw
+from fedtrust.privacy.discrete import LARGEST_SIGMA, LEAST_SIGMA, draw
 from fedtrust.privacy.secure_sum import Floats, Integers, centred, rounded
 
 Doubles = npt.NDArray[np.float64]
@@ -54,6 +54,8 @@ class DiscreteGaussianSum:
             raise ValueError(f"{self.bits} bits are too few for the sum of {self.clients} clients")
         if self.local_sigma > LARGEST_SIGMA:
             raise ValueError(f"{self.bits} bits make a grid so fine that the noise is {self.local_sigma:.3g} steps; use fewer bits")
+        if self.local_sigma < LEAST_SIGMA:
+            raise ValueError(f"the noise is {self.local_sigma:.3g} steps of the grid, so next to none; use more bits or more noise")
 
     @property
     def padded(self) -> int:

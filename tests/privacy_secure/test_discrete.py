@@ -148,3 +148,8 @@ def test_the_same_stream_gives_the_same_noise_and_another_other() -> None:
     first, again, other = (discrete.draw(9.0, 100, rng(c)) for c in (1, 1, 2))
     assert np.array_equal(first, again)
     assert (first != other).mean() > 0.5
+
+
+def test_a_width_with_nothing_beside_zero_draws_zeros() -> None:
+    assert not discrete.draw(1e-6, 50, seeds.stream(23, "discrete", 99)).any()
+    assert discrete.draw(discrete.LEAST_SIGMA, 50, seeds.stream(23, "discrete", 99)).max() <= 1

@@ -225,7 +225,8 @@ class Game:
     def _measure(self, valid: Valid, trust: Tensor | None, before: Tensor, *, final: bool, shown: Tensor | None = None) -> dict[str, float]:
         """Measure the model; `before` is the one that the round began with, `shown` what a server sees from which the rows are hidden."""
         strategy = self.setup.strategy
-        sent = strategy.sent if isinstance(strategy, FedTrustStrategy) else {}
+        # Without a reply (a repair, an empty round) what was sent is an earlier round's affair.
+        sent = strategy.sent if isinstance(strategy, FedTrustStrategy) and valid.messages else {}
         sent = sent or dict.fromkeys(valid.clients, before)
         hides = isinstance(strategy, FedTrustStrategy) and strategy.hides
         history = tuple(self._history)

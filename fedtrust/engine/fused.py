@@ -3,7 +3,8 @@
 The idea is horizontally fused training (Wang et al., "Horizontally Fused Training Array", MLSys 2021, section 3). The channels of the k
 models lie side by side, so that k convolutions are one convolution with k times the groups, k linear layers one batched matrix product,
 and everything else one call over k times the channels. Images are kept channels-last, [b, H, W, k*C] in memory, which oneDNN and cuDNN
-convolve without rearranging them.
+convolve without rearranging them. On a CPU in float32, plain convolutions and max pools have machine code of their own instead, which is
+three to five times as fast as a library's grouped ones (`native_layers`, `kernels`); where LLVM is not to be had, the library's are used.
 
 The backward pass is written out, layer by layer, in place of being recorded by autograd: gradients are written where they are wanted,
 buffers are used again as soon as nobody needs them, and a step costs about a third less (`fused_layers`).
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from fedtrust.engine.fused_layers import ELEMENTWISE, POOLS, At, Conv, Flat, Layer, Linear, Merge, Pool, Recorded, Rectify, Split
 
 Parameters = Mapping[str, Tensor]
+_Found = tuple[nn.Module, str | None, str | None]  # a layer, and the full names of its weight and bias
 
 _KNOWN = (nn.Conv2d, nn.Flatten, nn.GroupNorm, nn.Linear, *ELEMENTWISE, *POOLS)
 #: Layers whose output is a new tensor that they do not need for their own gradient: what follows may write over it.
@@ -44,11 +46,11 @@ class Fused:
 
     Attributes:
         steps: the layers in the order of the data.
-        first: the first layer with a parameter: nobody asks for gradients before it.
+        native: the same with machine code where there is some; `None` where no layer has any.
     """
 
     steps: tuple[_Step, ...]
-    first: int
+    native: tuple[_Step, ...] | None = None
 
     def on(self, parameters: Parameters, into: Parameters) -> Bound:
         """Return the network on k models' parameters; it sees what is written into them afterwards.
@@ -57,12 +59,15 @@ class Fused:
             parameters: the stacked parameters, name → [k, *shape], any strides.
             into: where their gradients go, the same way.
         """
-        models = len(next(iter(parameters.values())))
+        example = next(iter(parameters.values()))
+        plain = self.native is None or example.device.type != "cpu" or example.dtype != torch.float32 or no_native()
+        steps = self.steps if plain or self.native is None else self.native
+        first = _first(steps)
         places = []
-        for number, (layer, weight, bias) in enumerate(self.steps):
+        for number, (layer, weight, bias) in enumerate(steps):
             w, c, gw, gc = _of(parameters, weight), _of(parameters, bias), _of(into, weight), _of(into, bias)
-            places.append((layer, At(models, w, c, gw, gc, wanted=number > self.first)))
-        return Bound(tuple(places), self.first)
+            places.append((layer, At(len(example), w, c, gw, gc, wanted=number > first, scratch={})))
+        return Bound(tuple(places), first)
 
 
 class Bound(NamedTuple):
@@ -93,6 +98,20 @@ class Bound(NamedTuple):
                 grad = layer.backward(grad, tape.pop(), at)
 
 
+def no_native() -> str:
+    """Return why no layer runs as machine code of its own on this machine's CPU; empty if they do."""
+    try:
+        from fedtrust.engine import jit
+    except ImportError as error:  # bench.gpu runs on torch alone
+        return str(error)
+    return jit.missing()
+
+
+def _first(steps: tuple[_Step, ...] | list[_Step]) -> int:
+    """Return the first layer with a parameter: nobody asks for gradients before it."""
+    return next(i for i, step in enumerate(steps) if step.weight or step.bias)
+
+
 def _of(parameters: Parameters, name: str | None) -> Tensor | None:
     return None if name is None else parameters[name]
 
@@ -104,7 +123,7 @@ def fuse(module: nn.Module) -> Fused | None:
         module: an `nn.Sequential` (nested ones too) of Conv2d, Linear, GroupNorm, MaxPool2d, AvgPool2d, Flatten and elementwise
             activations, none of them shared, hooked or in place.
     """
-    found: list[tuple[nn.Module, str | None, str | None]] = []
+    found: list[_Found] = []
     for prefix, layer in _leaves(module, ""):
         if not _understood(layer) or any(layer is other for other, _, _ in found):
             return None
@@ -113,26 +132,84 @@ def fuse(module: nn.Module) -> Fused | None:
     used = {name for _, weight, bias in found for name in (weight, bias) if name}
     if not used or used != {name for name, _ in module.named_parameters()}:
         return None  # parameters shared between layers, or owned by a container
-    steps = _plan(_pool_first(found))
-    first = next(i for i, step in enumerate(steps) if step.weight or step.bias)
-    return Fused(tuple(steps), first)
+    found = _pool_first(found)
+    return Fused(tuple(_plan(found)), _native_plan(found))
 
 
-def _plan(found: list[tuple[nn.Module, str | None, str | None]]) -> list[_Step]:
-    """Return the steps with the changes of form between them: merged, [b, k*C, ...], for layers on channels, else [k, b, ...]."""
+def _native_plan(found: list[_Found]) -> tuple[_Step, ...] | None:
+    """Return the steps with machine code where a layer has some; `None` if none has, or there is no LLVM."""
+    try:
+        from fedtrust.engine import native_layers
+    except ImportError:
+        return None
+    if not any(native_layers.native(layer) for layer, _, _ in found):
+        return None
+    steps = _plan(found, framed=True)
+    native_layers.give_room([step.layer for step in steps], _first(steps))
+    return tuple(steps)
+
+
+def _plan(found: list[_Found], framed: bool = False) -> list[_Step]:
+    """Return the steps with the changes of form between them.
+
+    Layers on channels get merged values, [b, k*C, ...], or framed ones where they have machine code; others split ones, [k, b, ...]. An
+    activation takes what comes.
+    """
     steps: list[_Step] = []
-    merged = False
-    for i, (layer, weight, bias) in enumerate(found):
-        split = isinstance(layer, nn.Flatten | nn.Linear)
-        if merged and split:
-            steps.append(_Step(Split()))
-            merged = False
-        elif not merged and not split and not isinstance(layer, ELEMENTWISE):
-            steps.append(_Step(Merge()))
-            merged = True
-        fresh = i > 0 and isinstance(found[i - 1][0], _FRESH)
-        steps.append(_Step(_fused(layer, fresh), weight, bias))
-    return [*steps, _Step(Split())] if merged else steps
+    form, i = "split", 0
+    while i < len(found):
+        layer, weight, bias = found[i]
+        wanted = form if isinstance(layer, ELEMENTWISE) else _form(layer, framed)
+        steps += [_Step(change) for change in _changes(form, wanted)]
+        form, taken = wanted, 1
+        if form == "framed":
+            made, taken = _machine([layer for layer, _, _ in found[i:]])
+        elif framed and isinstance(layer, nn.Linear):
+            made = _linear(layer)
+        else:
+            made = _fused(layer, fresh=i > 0 and isinstance(found[i - 1][0], _FRESH))
+        steps.append(_Step(made, weight, bias))
+        i += taken
+    return [*steps, *(_Step(change) for change in _changes(form, "split"))]
+
+
+def _form(layer: nn.Module, framed: bool) -> str:
+    """Return the form in which a layer wants its values."""
+    if isinstance(layer, nn.Flatten | nn.Linear):
+        return "split"
+    if framed:
+        from fedtrust.engine.native_layers import native
+
+        return "framed" if native(layer) else "merged"
+    return "merged"
+
+
+def _changes(form: str, wanted: str) -> list[Layer]:
+    """Return the steps from one form to another; all go by way of split."""
+    if form == wanted:
+        return []
+    changes: list[Layer] = []
+    if "framed" in (form, wanted):
+        from fedtrust.engine.native_layers import Enter, Leave
+
+        changes = [Leave() if form == "framed" else Enter()]
+    if form == "merged":
+        return [Split(), *changes]
+    return [*changes, Merge()] if wanted == "merged" else changes
+
+
+def _linear(layer: nn.Linear) -> Layer:
+    """Return a linear layer's machine code, if it is worth it."""
+    from fedtrust.engine.native_layers import NativeLinear, native
+
+    return NativeLinear() if native(layer) else Linear()
+
+
+def _machine(layers: list[nn.Module]) -> tuple[Layer, int]:
+    """Return the machine code of the first layers on images, and how many they are."""
+    from fedtrust.engine.native_layers import make
+
+    return make(layers)
 
 
 def _fused(layer: nn.Module, fresh: bool) -> Layer:
@@ -175,7 +252,7 @@ def _hooked(layer: nn.Module) -> bool:
     return any((layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks, "forward" in vars(layer)))
 
 
-def _pool_first(found: list[tuple[nn.Module, str | None, str | None]]) -> list[tuple[nn.Module, str | None, str | None]]:
+def _pool_first(found: list[_Found]) -> list[_Found]:
     """Return the layers with every (ReLU, MaxPool2d) turned round: the same bits and gradients, for a quarter of the ReLU's work."""
     found = list(found)
     for i in range(len(found) - 1):

@@ -1,7 +1,7 @@
 """The layers of a fused cohort, each with its forward and its backward pass.
 
-Hidden values come in two forms: split, [k, b, ...], a model at a time, and merged, [b, k*C, ...], the models' channels side by side
-(channels-last in memory for images). `Merge` and `Split` go from one to the other.
+Hidden values come in two forms here: split, [k, b, ...], a model at a time, and merged, [b, k*C, ...], the models' channels side by side
+(channels-last in memory for images). `Merge` and `Split` go from one to the other. A third form stands in `native_layers`.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ class At(NamedTuple):
         w, c: the stacked weight and bias [k, ...]; `None` where the layer has none.
         gw, gc: where their gradients go.
         wanted: whether anybody wants the gradient of the input.
+        scratch: buffers that a layer keeps from step to step.
     """
 
     models: int
@@ -36,15 +37,16 @@ class At(NamedTuple):
     gw: Tensor | None = None
     gc: Tensor | None = None
     wanted: bool = True
+    scratch: dict[str, Tensor] = {}  # noqa: RUF012  # never changed: `Fused.on` gives each place its own
 
 
 class Layer(Protocol):
     """A layer of the fused network."""
 
-    def forward(self, x: Tensor, at: At) -> tuple[Tensor, Any]:
+    def forward(self, x: Any, at: At) -> tuple[Any, Any]:
         """Return the output, and what the backward pass needs."""
 
-    def backward(self, g: Tensor, kept: Any, at: At) -> Tensor:
+    def backward(self, g: Any, kept: Any, at: At) -> Any:
         """Write the gradients of weight and bias and return the input's (anything where that is not wanted).
 
         The gradient `g` of the output may be written over.

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from llvmlite import ir
 
-from fedtrust.engine.jit import BYTES, F32, FLOATS, I8, I64, Code, Host, blocks, evenly
+from fedtrust.engine.jit import BLOCK, BYTES, F32, FLOATS, I8, I64, Code, Host, blocks, evenly
 
 Kernel = Callable[..., None]
 
@@ -70,47 +70,41 @@ class Window(NamedTuple):
 
 
 class _Place(NamedTuple):
-    """Pointers to one model's part of the arguments."""
+    """Where the values under a window start, and where their result stands."""
 
     x: Any
     out: Any
 
 
-def _models(code: Code, model: Any, images: Any, x: Any, inside: Frame, out: Any, outside: Frame, window: Window) -> _Place:
-    """Return where a model's images start, shifted so that a window's first value under pixel (0, 0) is at offset 0."""
-    past = code.times(model, images)
-    shifted = inside.start - window.up * inside.row - window.before * inside.channels
-    return _Place(code.at(x, code.times(past, inside.image), shifted), code.at(out, code.times(past, outside.image), outside.start))
+def _corner(code: Code, x: Any, inside: Frame, window: Window) -> Any:
+    """Return where the first value under the window of pixel (0, 0) stands, in the margin or not."""
+    return code.at(x, inside.start - window.up * inside.row - window.before * inside.channels)
 
 
 @functools.cache
-def convolution(inside: Frame, outside: Frame, window: Window, bias: bool, on: Host | None = None) -> Kernel:
-    """Return out = x * w + c for convolutions of stride 1.
+def convolution(inside: Frame, outside: Frame, window: Window, bias: bool) -> Kernel:
+    """Return out = x * w + c for a model's convolution of stride 1.
 
     Returns:
-        A function of (x, w, c, out, models, images): x and out as the frames say, w [k, rows, columns, C_in, C_out], c [k, C_out].
+        A function of (x, w, c, out, images): x and out as the frames say, w [rows, columns, C_in, C_out], c [C_out].
     """
-    return write_convolution(inside, outside, window, bias, on).compiled()
+    return write_convolution(inside, outside, window, bias).compiled()
 
 
 def write_convolution(inside: Frame, outside: Frame, window: Window, bias: bool, on: Host | None = None) -> Code:
-    """Return the code of `convolution`."""
-    code = Code([FLOATS, FLOATS, FLOATS, FLOATS, I64, I64], on)
-    x, w, c, out, models, images = code.arguments
-    taps = window.columns * inside.channels  # of one row of the window: neighbours in memory
-    with code.loop(0, models) as model:
-        place = _models(code, model, images, x, inside, out, outside, window)
-        own = code.at(w, code.times(model, window.rows * taps * outside.channels))
-        shift = code.at(c, code.times(model, outside.channels))
-        for first, lanes in blocks(code, outside.channels):
-            start = code.load(code.at(shift, first), lanes) if bias else code.fill(0, lanes)
-            with code.loop(0, images) as image, code.loop(0, outside.height) as y:
-                row = code.at(place.x, code.times(image, inside.image), code.times(y, inside.row))
-                to = code.at(place.out, code.times(image, outside.image), code.times(y, outside.row), first)
-                for at, tile, count in evenly(outside.width, code.host.tile):
-                    with code.loop(at, at + tile * count, tile) as pixel:
-                        here = _Place(code.at(row, code.times(pixel, inside.channels)), code.at(to, code.times(pixel, outside.channels)))
-                        _tile(code, here, code.at(own, first), start, (inside, outside, window), tile)
+    """Return the code of `convolution`, for the processor at hand or another."""
+    code = Code([FLOATS, FLOATS, FLOATS, FLOATS, I64], on)
+    x, w, c, out, images = code.arguments
+    corner, first_pixel = _corner(code, x, inside, window), code.at(out, outside.start)
+    for first, lanes in blocks(code, outside.channels):
+        start = code.load(code.at(c, first), lanes) if bias else code.fill(0, lanes)
+        with code.loop(0, images) as image, code.loop(0, outside.height) as y:
+            row = code.at(corner, code.times(image, inside.image), code.times(y, inside.row))
+            to = code.at(first_pixel, code.times(image, outside.image), code.times(y, outside.row), first)
+            for at, tile, count in evenly(outside.width, code.host.tile):
+                with code.loop(at, at + tile * count, tile) as pixel:
+                    here = _Place(code.at(row, code.times(pixel, inside.channels)), code.at(to, code.times(pixel, outside.channels)))
+                    _tile(code, here, code.at(w, first), start, (inside, outside, window), tile)
     return code
 
 
@@ -135,38 +129,35 @@ def _tile(code: Code, here: _Place, w: Any, start: Any, shapes: tuple[Frame, Fra
 
 
 @functools.cache
-def weight_gradient(inside: Frame, outside: Frame, window: Window, bias: bool, on: Host | None = None) -> Kernel:
-    """Return the gradients of a convolution's weights and biases.
+def weight_gradient(inside: Frame, outside: Frame, window: Window, bias: bool) -> Kernel:
+    """Return the gradients of a model's weights and biases.
 
     Returns:
-        A function of (x, g, gw, gc, models, images): x and g as the frames say, gw [k, rows, columns, C_in, C_out], gc [k, C_out].
+        A function of (x, g, gw, gc, images): x and g as the frames say, gw [rows, columns, C_in, C_out], gc [C_out].
     """
-    return write_weight_gradient(inside, outside, window, bias, on).compiled()
+    return write_weight_gradient(inside, outside, window, bias).compiled()
 
 
 def write_weight_gradient(inside: Frame, outside: Frame, window: Window, bias: bool, on: Host | None = None) -> Code:
-    """Return the code of `weight_gradient`."""
-    code = Code([FLOATS, FLOATS, FLOATS, FLOATS, I64, I64], on)
-    x, g, gw, gc, models, images = code.arguments
-    size = window.rows * window.columns * inside.channels * outside.channels
-    rows = max(1, min(outside.height, ROWS_FLOATS // (outside.width * min(16, outside.channels))))
-    with code.loop(0, models) as model:
-        place = _models(code, model, images, x, inside, g, outside, window)
-        own, shift = code.at(gw, code.times(model, size)), code.at(gc, code.times(model, outside.channels))
-        for where, count in ((own, size), (shift, outside.channels if bias else 0)):
-            with code.loop(0, count) as i:
-                code.do.store(ir.Constant(F32, 0.0), code.at(where, i))
-        for first, lanes in blocks(code, outside.channels):
-            with code.loop(0, images) as image:
-                for at, band, count in evenly(outside.height, rows):
-                    with code.loop(at, at + band * count, band) as y:
-                        here = _Place(
-                            code.at(place.x, code.times(image, inside.image), code.times(y, inside.row)),
-                            code.at(place.out, code.times(image, outside.image), code.times(y, outside.row), first),
-                        )
-                        if bias:
-                            _add_pixels(code, here.out, outside, code.at(shift, first), lanes, band)
-                        _add_band(code, here, code.at(own, first), (inside, outside, window), lanes, band)
+    """Return the code of `weight_gradient`, for the processor at hand or another."""
+    code = Code([FLOATS, FLOATS, FLOATS, FLOATS, I64], on)
+    x, g, gw, gc, images = code.arguments
+    corner, first_pixel = _corner(code, x, inside, window), code.at(g, outside.start)
+    rows = max(1, min(outside.height, ROWS_FLOATS // (outside.width * min(BLOCK, outside.channels))))
+    for where, count in ((gw, window.rows * window.columns * inside.channels * outside.channels), (gc, outside.channels if bias else 0)):
+        with code.loop(0, count) as i:
+            code.do.store(ir.Constant(F32, 0.0), code.at(where, i))
+    for first, lanes in blocks(code, outside.channels):
+        with code.loop(0, images) as image:
+            for at, band, count in evenly(outside.height, rows):
+                with code.loop(at, at + band * count, band) as y:
+                    here = _Place(
+                        code.at(corner, code.times(image, inside.image), code.times(y, inside.row)),
+                        code.at(first_pixel, code.times(image, outside.image), code.times(y, outside.row), first),
+                    )
+                    if bias:
+                        _add_pixels(code, here.out, outside, code.at(gc, first), lanes, band)
+                    _add_band(code, here, code.at(gw, first), (inside, outside, window), lanes, band)
     return code
 
 
@@ -291,3 +282,51 @@ def _windows(code: Code, images: Any, large: tuple[Any, Frame], small: tuple[Any
 def _offsets(inside: Frame, side: int) -> list[int]:
     """Return where the values under a window stand, from its first one."""
     return [r * inside.row + c * inside.channels for r in range(side) for c in range(side)]
+
+
+@functools.cache
+def planes(frame: Frame, back: bool) -> Kernel:
+    """Return a change of order: channels-last images to planes [C, H, W], or back.
+
+    Returns:
+        A function of (images as the frame says, planes, number of images); the first is written where `back`.
+    """
+    code = Code([FLOATS, FLOATS, I64])
+    framed, flat, images = code.arguments
+    pixels = frame.height * frame.width
+    with code.loop(0, images) as image, code.loop(0, frame.height) as y:
+        row = code.at(framed, code.times(image, frame.image), frame.start, code.times(y, frame.row))
+        line = code.at(flat, code.times(image, pixels * frame.channels), code.times(y, frame.width))
+        with code.loop(0, frame.channels) as channel, code.loop(0, frame.width) as x:
+            pixel = code.at(row, code.times(x, frame.channels), channel)
+            place = code.at(line, code.times(channel, pixels), x)
+            source, to = (place, pixel) if back else (pixel, place)
+            code.do.store(code.do.load(source), to)
+    return code.compiled()
+
+
+#: The orders of a convolution's weights: PyTorch's [C_out, C_in, rows, columns]; that of the kernels; and the kernels' for the way back,
+#: with the window turned round and the channels exchanged, [rows, columns, C_out, C_in].
+PACK, UNPACK, TURN = "pack", "unpack", "turn"
+
+
+@functools.cache
+def repack(outputs: int, inputs: int, window: Window, way: str) -> Kernel:
+    """Return a change of order of convolutions' weights: `PACK` and `TURN` from PyTorch's order, `UNPACK` back to it.
+
+    Returns:
+        A function of (in PyTorch's order, in the kernels', models, apart): two models' are `apart` numbers apart in PyTorch's order.
+    """
+    code = Code([FLOATS, FLOATS, I64, I64])
+    usual, own, models, apart = code.arguments
+    places = window.rows * window.columns
+    with code.loop(0, models) as model, code.loop(0, places) as place:
+        here = code.at(usual, code.times(model, apart), place)
+        there = code.do.sub(code.number(places - 1), place) if way == TURN else place
+        packed = code.at(own, code.times(code.do.add(code.times(model, places), there), inputs * outputs))
+        with code.loop(0, outputs) as output, code.loop(0, inputs) as given:
+            offset = (code.times(output, inputs), given) if way == TURN else (code.times(given, outputs), output)
+            theirs = code.at(here, code.times(output, inputs * places), code.times(given, places))
+            source, to = (code.at(packed, *offset), theirs) if way == UNPACK else (theirs, code.at(packed, *offset))
+            code.do.store(code.do.load(source), to)
+    return code.compiled()

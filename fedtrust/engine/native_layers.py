@@ -88,7 +88,8 @@ class Enter(Native):
         """Return the output and what is kept."""
         k, b, channels, height, width = x.shape
         out = framed(at, "out", (k, b, height, width, channels), self.room)
-        out.inner.copy_(x.permute(0, 1, 3, 4, 2))
+        x = x.contiguous()
+        kernels.planes(out.frame, True)(_start(out.whole), _start(x), k * b)
         return out, None
 
     def backward(self, g: Framed, kept: Any, at: At) -> Tensor:
@@ -101,23 +102,46 @@ class Leave(Native):
 
     def forward(self, x: Framed, at: At) -> tuple[Tensor, Any]:
         """Return the output and what is kept."""
-        return x.inner.permute(0, 1, 4, 2, 3).contiguous(), None
+        k, b = x.whole.shape[:2]
+        frame = x.frame
+        out = buffer(at, "out", (k, b, frame.channels, frame.height, frame.width))
+        kernels.planes(frame, False)(_start(x.whole), _start(out), k * b)
+        return out, None
 
     def backward(self, g: Tensor, kept: Any, at: At) -> Framed:
         """Return the gradient of the input."""
         k, b, channels, height, width = g.shape
         out = framed(at, "gx", (k, b, height, width, channels), self.back)
-        out.inner.copy_(g.permute(0, 1, 3, 4, 2))
+        g = g.contiguous()
+        kernels.planes(out.frame, True)(_start(out.whole), _start(g), k * b)
         return out
 
 
-class _Gradients(NamedTuple):
-    """What the backward pass of a convolution works on: gradients in the kernels' order, the weights turned round, the input's gradient."""
+class _Descent(NamedTuple):
+    """The way back through a convolution.
 
+    Attributes:
+        x: the layer's input.
+        gw: the weights' gradients in the kernels' order.
+        gc: where the biases' gradients go.
+        weights: the kernel of both.
+        gx: the input's gradient, where it is wanted, with the turned weights and the kernel that it takes.
+    """
+
+    x: Framed
     gw: Tensor
-    gc: Tensor
-    turned: Tensor | None
-    gx: Framed | None
+    gc: Tensor | None
+    weights: kernels.Kernel
+    gx: Framed | None = None
+    turned: Tensor | None = None
+    back: kernels.Kernel | None = None
+
+    def step(self, model: int, g: int) -> None:
+        """Work out a model's gradients from that of its output, which stands at the address `g`."""
+        images = self.x.whole.shape[1]
+        self.weights(_start(self.x.whole, model), g, _start(self.gw, model), _start(self.gc, model), images)
+        if self.gx is not None and self.back is not None:
+            self.back(g, _start(self.turned, model), 0, _start(self.gx.whole, model), images)
 
 
 class NativeConv(Native):
@@ -131,12 +155,12 @@ class NativeConv(Native):
         self.padding: Margin = (up, before)
         self.spread: Margin = (self._turned.up, self._turned.before)
 
-    def _weights(self, at: At) -> tuple[Tensor, Tensor | None]:
-        """Return weights and biases in the kernels' order."""
+    def _packed(self, at: At, way: str) -> Tensor:
+        """Return the weights in the kernels' order [k, rows, columns, C, C]."""
         assert at.w is not None
-        k, outputs, inputs, rows, columns = at.w.shape
-        weight = buffer(at, "w", (k, rows, columns, inputs, outputs)).copy_(at.w.permute(0, 3, 4, 2, 1))
-        return weight, None if at.c is None else buffer(at, "c", (k, outputs)).copy_(at.c)
+        packed = buffer(at, way, tuple(at.w.shape))
+        kernels.repack(*at.w.shape[1:3], self._window, way)(_start(at.w), _start(packed), at.models, at.w.stride(0))
+        return packed
 
     def _size(self, x: Framed, at: At) -> tuple[int, ...]:
         """Return the shape of a model's output [b, H, W, C]."""
@@ -147,44 +171,38 @@ class NativeConv(Native):
 
     def forward(self, x: Framed, at: At) -> tuple[Framed, Any]:
         """Return the output and what is kept."""
-        weight, bias = self._weights(at)
+        weight, images = self._packed(at, kernels.PACK), x.whole.shape[1]
         out = framed(at, "out", (at.models, *self._size(x, at)), self.room)
-        kernel = kernels.convolution(x.frame, out.frame, self._window, bias is not None)
-        kernel(_start(x.whole), _start(weight), _start(bias), _start(out.whole), at.models, x.whole.shape[1])
+        kernel = kernels.convolution(x.frame, out.frame, self._window, at.c is not None)
+        for model in range(at.models):
+            kernel(_start(x.whole, model), _start(weight, model), _start(at.c, model), _start(out.whole, model), images)
         return out, x
 
     def backward(self, g: Framed, kept: Framed, at: At) -> Framed:
         """Return the gradient of the input."""
-        into = self._gradients(kept, at)
-        self._descend(kept, g, into, at, 0, at.models)
-        return self._hand_over(into, g, at)
+        descent = self._descent(kept, g.frame, at)
+        for model in range(at.models):
+            descent.step(model, _start(g.whole, model))
+        return self._hand_over(descent, g, at)
 
-    def _gradients(self, x: Framed, at: At) -> _Gradients:
+    def _descent(self, x: Framed, above: Frame, at: At) -> _Descent:
+        """Return what goes back through the layer; `above`: how the gradient of a model's output lies."""
         assert at.w is not None
-        k, outputs, inputs, rows, columns = at.w.shape
-        gw, gc = buffer(at, "gw", (k, rows, columns, inputs, outputs)), buffer(at, "gc", (k, outputs))
-        if not at.wanted:
-            return _Gradients(gw, gc, None, None)
-        turned = buffer(at, "turned", (k, rows, columns, outputs, inputs)).copy_(at.w.flip(3, 4).permute(0, 3, 4, 1, 2))
         inside = x.frame
-        return _Gradients(gw, gc, turned, framed(at, "gx", (*x.whole.shape[:2], inside.height, inside.width, inputs), self.back))
+        gw = buffer(at, "gw", tuple(at.w.shape))
+        weights = kernels.weight_gradient(inside, above, self._window, at.gc is not None)
+        if not at.wanted:
+            return _Descent(x, gw, at.gc, weights)
+        gx = framed(at, "gx", (*x.whole.shape[:2], inside.height, inside.width, inside.channels), self.back)
+        back = kernels.convolution(above, gx.frame, self._turned, False)
+        return _Descent(x, gw, at.gc, weights, gx, self._packed(at, kernels.TURN), back)
 
-    def _descend(self, x: Framed, g: Framed, into: _Gradients, at: At, model: int, models: int) -> None:
-        """Work out the gradients of so many models from `model` on; `g` holds theirs alone."""
-        images = x.whole.shape[1]
-        kernel = kernels.weight_gradient(x.frame, g.frame, self._window, at.gc is not None)
-        kernel(_start(x.whole, model), _start(g.whole), _start(into.gw, model), _start(into.gc, model), models, images)
-        if into.gx is not None:
-            back = kernels.convolution(g.frame, into.gx.frame, self._turned, False)
-            back(_start(g.whole), _start(into.turned, model), 0, _start(into.gx.whole, model), models, images)
-
-    def _hand_over(self, into: _Gradients, g: Framed, at: At) -> Framed:
+    def _hand_over(self, descent: _Descent, g: Framed, at: At) -> Framed:
         """Bring the gradients into PyTorch's order; return the input's (anything where that is not wanted)."""
         assert at.gw is not None
-        at.gw.copy_(into.gw.permute(0, 4, 3, 1, 2))
-        if at.gc is not None:
-            at.gc.copy_(into.gc)
-        return g if into.gx is None else into.gx
+        unpack = kernels.repack(*at.gw.shape[1:3], self._window, kernels.UNPACK)
+        unpack(_start(at.gw), _start(descent.gw), at.models, at.gw.stride(0))
+        return g if descent.gx is None else descent.gx
 
 
 class NativeConvPool(NativeConv):
@@ -199,15 +217,15 @@ class NativeConvPool(NativeConv):
 
     def forward(self, x: Framed, at: At) -> tuple[Framed, Any]:
         """Return the output and what is kept."""
-        weight, bias = self._weights(at)
+        weight = self._packed(at, kernels.PACK)
         images, height, width, channels = self._size(x, at)
         out = framed(at, "out", (1, images, height, width, channels), (0, 0))
         size = (at.models, images, height // self._side, width // self._side, channels)
         pooled, places = framed(at, "pooled", size, self.room), buffer(at, "places", size, torch.uint8)
-        kernel = kernels.convolution(x.frame, out.frame, self._window, bias is not None)
+        kernel = kernels.convolution(x.frame, out.frame, self._window, at.c is not None)
         pool = kernels.pool(out.frame, pooled.frame, self._side, self._relu)
         for model in range(at.models):
-            kernel(_start(x.whole, model), _start(weight, model), _start(bias, model), _start(out.whole), 1, images)
+            kernel(_start(x.whole, model), _start(weight, model), _start(at.c, model), _start(out.whole), images)
             pool(_start(out.whole), _start(pooled.whole, model), _start(places, model), images)
         return pooled, (x, places)
 
@@ -218,15 +236,15 @@ class NativeConvPool(NativeConv):
         rest = bool(height % self._side or width % self._side)
         above = framed(at, "above", (1, images, height, width, channels), self.spread if at.wanted else (0, 0), zero=rest)
         unpool = kernels.pool_gradient(above.frame, g.frame, self._side)
-        into = self._gradients(x, at)
+        descent, here = self._descent(x, above.frame, at), _start(above.whole)
         for model in range(at.models):
-            unpool(_start(g.whole, model), _start(places, model), _start(above.whole), images)
-            self._descend(x, above, into, at, model, 1)
-        return self._hand_over(into, g, at)
+            unpool(_start(g.whole, model), _start(places, model), here, images)
+            descent.step(model, here)
+        return self._hand_over(descent, g, at)
 
 
 def _start(tensor: Tensor | None, model: int = 0) -> int:
-    """Return where a model's part of a buffer starts; 0 for no buffer."""
+    """Return where a model's part of a buffer starts; 0 for no buffer. Whoever asks must hold the buffer while its address is used."""
     return 0 if tensor is None else tensor.data_ptr() + tensor.element_size() * model * tensor.stride(0)
 
 

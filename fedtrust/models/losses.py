@@ -12,12 +12,15 @@ Gradients stay finite for any finite output: powers of probabilities are taken a
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
+from torch.func import vmap
 
 from fedtrust.registry import loss
 
@@ -41,6 +44,49 @@ def cross_entropy(output: Tensor, y: Tensor, *, label_smoothing: Annotated[float
     if label_smoothing:
         value = (1 - label_smoothing) * value - label_smoothing * logs.mean(dim=-1)
     return value.mean()
+
+
+def _cross_entropy_by_hand(output: Tensor, y: Tensor, *, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+    logs = F.log_softmax(output, dim=-1)
+    at = y.unsqueeze(-1)
+    values = -logs.gather(-1, at).squeeze(-1)
+    if label_smoothing:
+        values = (1 - label_smoothing) * values - label_smoothing * logs.mean(dim=-1)
+    # d value / d output = p - (1 - s) e_y - s / C
+    slope = logs.exp_()
+    slope.scatter_add_(-1, at, slope.new_full((), label_smoothing - 1).expand(at.shape))
+    if label_smoothing:
+        slope.sub_(label_smoothing / output.shape[-1])
+    return values.flatten(1).mean(1), slope.div_(values[0].numel())
+
+
+#: Losses whose gradient is written out, for many models at once: see `by_hand`.
+_BY_HAND: dict[object, Callable[..., tuple[Tensor, Tensor]]] = {cross_entropy: _cross_entropy_by_hand}
+
+
+def by_hand(criterion: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Return a loss for k models at once, with its gradient.
+
+    Args:
+        criterion: a loss, as a scenario names it (with its parameters bound), or any function of output and y.
+
+    Returns:
+        A function of output [k, b, …] and y [k, b, …] that returns the losses [k] and the gradient of their sum, shaped as output. Where it
+        is not written out, autograd works it out.
+    """
+    bare, bound = (criterion.func, criterion.keywords) if isinstance(criterion, functools.partial) else (criterion, {})
+    written = _BY_HAND.get(bare)
+    if written is not None:
+        return functools.partial(written, **bound)
+    mapped = vmap(criterion)
+
+    def recorded(output: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        output = output.detach().requires_grad_()
+        losses: Tensor = mapped(output, y)
+        (gradient,) = torch.autograd.grad(losses.sum(), output)
+        return losses.detach(), gradient
+
+    return recorded
 
 
 @loss("gce", tasks=_CLASSIFICATION, paper="Zhang and Sabuncu, NeurIPS 2018, section 3.2, eq. 6")

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -139,77 +140,58 @@ def fuse(module: nn.Module) -> Fused | None:
 def _native_plan(found: list[_Found]) -> tuple[_Step, ...] | None:
     """Return the steps with machine code where a layer has some; `None` if none has, or there is no LLVM."""
     try:
-        from fedtrust.engine import native_layers
+        from fedtrust.engine import native_plan as own
     except ImportError:
         return None
-    if not any(native_layers.native(layer) for layer, _, _ in found):
+    if not any(own.native(layer) for layer, _, _ in found):
         return None
-    steps = _plan(found, framed=True)
-    native_layers.give_room([step.layer for step in steps], _first(steps))
+    steps = _plan(found, own)
+    own.give_room([step.layer for step in steps], _first(steps))
     return tuple(steps)
 
 
-def _plan(found: list[_Found], framed: bool = False) -> list[_Step]:
+def _plan(found: list[_Found], own: ModuleType | None = None) -> list[_Step]:
     """Return the steps with the changes of form between them.
 
     Layers on channels get merged values, [b, k*C, ...], or framed ones where they have machine code; others split ones, [k, b, ...]. An
-    activation takes what comes.
+    activation takes what comes. `own`: `native_plan`, where machine code is wanted.
     """
     steps: list[_Step] = []
     form, i = "split", 0
     while i < len(found):
         layer, weight, bias = found[i]
-        wanted = form if isinstance(layer, ELEMENTWISE) else _form(layer, framed)
-        steps += [_Step(change) for change in _changes(form, wanted)]
+        wanted = form if isinstance(layer, ELEMENTWISE) else _form(layer, own)
+        steps += [_Step(change) for change in _changes(form, wanted, own)]
         form, taken = wanted, 1
-        if form == "framed":
-            made, taken = _machine([layer for layer, _, _ in found[i:]])
-        elif framed and isinstance(layer, nn.Linear):
-            made = _linear(layer)
+        made: Layer
+        if own is not None and form == "framed":
+            made, taken = own.make([layer for layer, _, _ in found[i:]])
+        elif own is not None and isinstance(layer, nn.Linear):
+            made = own.NativeLinear()
         else:
             made = _fused(layer, fresh=i > 0 and isinstance(found[i - 1][0], _FRESH))
         steps.append(_Step(made, weight, bias))
         i += taken
-    return [*steps, *(_Step(change) for change in _changes(form, "split"))]
+    return [*steps, *(_Step(change) for change in _changes(form, "split", own))]
 
 
-def _form(layer: nn.Module, framed: bool) -> str:
+def _form(layer: nn.Module, own: ModuleType | None) -> str:
     """Return the form in which a layer wants its values."""
     if isinstance(layer, nn.Flatten | nn.Linear):
         return "split"
-    if framed:
-        from fedtrust.engine.native_layers import native
-
-        return "framed" if native(layer) else "merged"
-    return "merged"
+    return "framed" if own is not None and own.native(layer) else "merged"
 
 
-def _changes(form: str, wanted: str) -> list[Layer]:
+def _changes(form: str, wanted: str, own: ModuleType | None) -> list[Layer]:
     """Return the steps from one form to another; all go by way of split."""
     if form == wanted:
         return []
     changes: list[Layer] = []
-    if "framed" in (form, wanted):
-        from fedtrust.engine.native_layers import Enter, Leave
-
-        changes = [Leave() if form == "framed" else Enter()]
-    if form == "merged":
-        return [Split(), *changes]
-    return [*changes, Merge()] if wanted == "merged" else changes
-
-
-def _linear(layer: nn.Linear) -> Layer:
-    """Return a linear layer's machine code, if it is worth it."""
-    from fedtrust.engine.native_layers import NativeLinear, native
-
-    return NativeLinear() if native(layer) else Linear()
-
-
-def _machine(layers: list[nn.Module]) -> tuple[Layer, int]:
-    """Return the machine code of the first layers on images, and how many they are."""
-    from fedtrust.engine.native_layers import make
-
-    return make(layers)
+    if form != "split":
+        changes.append(own.Leave() if own is not None and form == "framed" else Split())
+    if wanted != "split":
+        changes.append(own.Enter() if own is not None and wanted == "framed" else Merge())
+    return changes
 
 
 def _fused(layer: nn.Module, fresh: bool) -> Layer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -35,6 +36,8 @@ def gradients(fused: Fused, values: dict[str, Tensor], x: Tensor, loss: Callable
     block = torch.full((len(x), sum(sizes)), float("nan"))
     into = {n: p.view(v.shape) for (n, v), p in zip(values.items(), block.split(sizes, dim=1), strict=True)}
     network = fused.on(values, into)
+    spoilt, tape = network.forward(torch.full_like(x, 7.0))  # a step before this one: buffers that it leaves must not matter
+    network.backward(tape, torch.full_like(spoilt, 3.0))
     outputs, tape = network.forward(x)
     leaf = outputs.detach().requires_grad_()
     (grad,) = torch.autograd.grad(loss(leaf), leaf)
@@ -43,9 +46,15 @@ def gradients(fused: Fused, values: dict[str, Tensor], x: Tensor, loss: Callable
 
 
 def check(module: nn.Module, shape: tuple[int, ...], k: int = 3, b: int = 4) -> None:
-    """Outputs and gradients of the fused form against k separate models."""
+    """Outputs and gradients of the fused form, with machine code of its own and without, against k separate models."""
     fused = fuse(module)
     assert fused is not None
+    assert fused.native is not None
+    check_form(fused, module, shape, k, b)
+    check_form(replace(fused, native=None), module, shape, k, b)
+
+
+def check_form(fused: Fused, module: nn.Module, shape: tuple[int, ...], k: int, b: int) -> None:
     values = stacked(module, k)
     g = torch.Generator().manual_seed(1)
     x = torch.rand(k, b, *shape, generator=g)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from fedtrust.errors import FedTrustError
 
-_PACKAGES = ("fedtrust", "torch", "torchvision", "flwr", "ray", "numpy", "scikit-learn", "mlxtend", "pydantic", "typer", "rich")
+_PACKAGES = ("fedtrust", "torch", "torchvision", "flwr", "ray", "numpy", "llvmlite", "scikit-learn", "mlxtend", "pydantic", "typer", "rich")
 _BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 #: Local copies of a model that training one client holds at a time: parameters, gradients, momentum, and what autograd keeps.
 _COPIES_TRAINING = 6
@@ -55,9 +55,10 @@ def _hardware() -> list[tuple[str, str]]:
 
     from fedtrust import memory
     from fedtrust.engine import threads
+    from fedtrust.engine.fused import describe_native
 
     room = memory.free()
-    rows = [("cores", str(threads.cores())), ("memory", _size(room) + " free" if room else "unknown")]
+    rows = [("cores", str(threads.cores())), ("memory", _size(room) + " free" if room else "unknown"), ("kernels", describe_native())]
     count = torch.cuda.device_count()
     for index in range(count):
         rows.append((f"gpu {index}", f"{torch.cuda.get_device_name(index)}, {_size(torch.cuda.get_device_properties(index).total_memory)}"))

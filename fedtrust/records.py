@@ -19,6 +19,7 @@ from torch import Tensor
 from fedtrust import claims, plugins
 from fedtrust.engine import threads
 from fedtrust.engine.flower import ARRAYS, CohortReply
+from fedtrust.engine.fused import describe_native
 from fedtrust.engine.validate import Valid
 from fedtrust.errors import InputError
 from fedtrust.observers import observer_cards
@@ -29,7 +30,7 @@ from fedtrust.setup import Setup, entry_of, threat_cards
 
 #: Metrics of a round about whom the strategy trusted.
 _TRUSTED = ("detection/", "rare/", "common/")
-_PACKAGES = ("fedtrust", "torch", "flwr", "ray", "numpy", "scikit-learn", "mlxtend")
+_PACKAGES = ("fedtrust", "torch", "flwr", "ray", "numpy", "llvmlite", "scikit-learn", "mlxtend")
 
 
 def round_record(
@@ -141,6 +142,7 @@ def _machine() -> dict[str, Any]:
         "versions": {package: _version(package) for package in _PACKAGES},
         "git": _git_state(),
         "devices": gpus or ["cpu"],
+        "kernels": describe_native(),
     }
 
 

@@ -108,6 +108,16 @@ def no_native() -> str:
     return jit.missing()
 
 
+def describe_native() -> str:
+    """Return in words what computes the layers of fused cohorts on this machine's CPU."""
+    why = no_native()
+    if why:
+        return f"PyTorch's: {' '.join(why.split())}"
+    from fedtrust.engine import jit
+
+    return f"machine code for {jit.host().name}, {jit.host().lanes} floats a register"
+
+
 def _first(steps: tuple[_Step, ...] | list[_Step]) -> int:
     """Return the first layer with a parameter: nobody asks for gradients before it."""
     return next(i for i, step in enumerate(steps) if step.weight or step.bias)

@@ -11,7 +11,7 @@ import ctypes
 import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import llvmlite.binding as llvm
 from llvmlite import ir
@@ -22,8 +22,28 @@ FLOATS, BYTES = F32.as_pointer(), I8.as_pointer()
 #: Channels that are worked on together. A power of two that fills whole vector registers of every width.
 BLOCK = 16
 
-_LOCK = threading.Lock()
+_LOCK = threading.RLock()
 _ENGINES: list[Any] = []  # own the machine code: as long as this process lives, somebody may call it
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def once(make: Callable[P, T]) -> Callable[P, T]:
+    """Remember what was made for which arguments; threads that want the same wait for the first of them."""
+    made: dict[Any, T] = {}
+
+    @functools.wraps(make)
+    def get(*args: P.args, **kwargs: P.kwargs) -> T:
+        key = (args, *kwargs.items())
+        if key not in made:
+            with _LOCK:
+                if key not in made:
+                    made[key] = make(*args, **kwargs)
+        return made[key]
+
+    return get
+
 
 Value = Any  # llvmlite has no types; an `ir.Value` or a plain int
 
@@ -179,9 +199,8 @@ class Code:
             module.verify()
             options = llvm.create_pipeline_tuning_options(speed_level=1)
             options.loop_vectorization = options.slp_vectorization = options.loop_unrolling = False
-            llvm.create_pass_builder(target(self.host), options).getModulePassManager().run(
-                module, llvm.create_pass_builder(target(self.host), options)
-            )
+            passes = llvm.create_pass_builder(target(self.host), options)
+            passes.getModulePassManager().run(module, passes)
             return module
 
     def compiled(self) -> Callable[..., None]:

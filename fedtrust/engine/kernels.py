@@ -11,13 +11,12 @@ Every kernel runs on the thread that calls it and adds up in an order that depen
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from llvmlite import ir
 
-from fedtrust.engine.jit import BLOCK, BYTES, F32, FLOATS, I8, I64, Code, Host, blocks, evenly
+from fedtrust.engine.jit import BLOCK, BYTES, F32, FLOATS, I8, I64, Code, Host, blocks, evenly, once
 
 Kernel = Callable[..., None]
 
@@ -81,7 +80,7 @@ def _corner(code: Code, x: Any, inside: Frame, window: Window) -> Any:
     return code.at(x, inside.start - window.up * inside.row - window.before * inside.channels)
 
 
-@functools.cache
+@once
 def convolution(inside: Frame, outside: Frame, window: Window, bias: bool) -> Kernel:
     """Return out = x * w + c for a model's convolution of stride 1.
 
@@ -128,7 +127,7 @@ def _tile(code: Code, here: _Place, w: Any, start: Any, shapes: tuple[Frame, Fra
         code.store(code.do.load(total), code.at(here.out, pixel * outside.channels))
 
 
-@functools.cache
+@once
 def weight_gradient(inside: Frame, outside: Frame, window: Window, bias: bool) -> Kernel:
     """Return the gradients of a model's weights and biases.
 
@@ -217,7 +216,7 @@ def _add_tile(
 SHUT = 255
 
 
-@functools.cache
+@once
 def pool(inside: Frame, outside: Frame, side: int, relu: bool) -> Kernel:
     """Return the maximum over windows of side x side pixels that do not overlap, with a ReLU behind it if asked for.
 
@@ -246,7 +245,7 @@ def pool(inside: Frame, outside: Frame, side: int, relu: bool) -> Kernel:
     return code.compiled()
 
 
-@functools.cache
+@once
 def pool_gradient(inside: Frame, outside: Frame, side: int) -> Kernel:
     """Return the gradient of a pool's input: each maximum's gradient where it came from, zero elsewhere under the windows.
 
@@ -284,7 +283,7 @@ def _offsets(inside: Frame, side: int) -> list[int]:
     return [r * inside.row + c * inside.channels for r in range(side) for c in range(side)]
 
 
-@functools.cache
+@once
 def planes(frame: Frame, back: bool) -> Kernel:
     """Return a change of order: channels-last images to planes [C, H, W], or back.
 
@@ -310,7 +309,7 @@ def planes(frame: Frame, back: bool) -> Kernel:
 PACK, UNPACK, TURN = "pack", "unpack", "turn"
 
 
-@functools.cache
+@once
 def repack(outputs: int, inputs: int, window: Window, way: str) -> Kernel:
     """Return a change of order of convolutions' weights: `PACK` and `TURN` from PyTorch's order, `UNPACK` back to it.
 

@@ -5,17 +5,16 @@ The weights and their gradients are read and written where they lie, rows of the
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from typing import Any
 
 from llvmlite import ir
 
-from fedtrust.engine.jit import F32, FLOATS, I32, I64, Code, blocks, evenly
+from fedtrust.engine.jit import F32, FLOATS, I32, I64, Code, blocks, evenly, once
 from fedtrust.engine.kernels import Kernel
 
 
-@functools.cache
+@once
 def dense(samples: int, inputs: int, outputs: int, bias: bool) -> Kernel:
     """Return out = x w' + c.
 
@@ -75,7 +74,7 @@ def _added(code: Code, vector: Any, lanes: int) -> Any:
     return code.do.extract_element(vector, ir.Constant(I32, 0))
 
 
-@functools.cache
+@once
 def dense_weight_gradient(samples: int, inputs: int, outputs: int, bias: bool) -> Kernel:
     """Return the gradients of a linear layer's weights and biases.
 
@@ -107,7 +106,7 @@ def dense_weight_gradient(samples: int, inputs: int, outputs: int, bias: bool) -
     return code.compiled()
 
 
-@functools.cache
+@once
 def dense_input_gradient(samples: int, inputs: int, outputs: int) -> Kernel:
     """Return gx = g w.
 

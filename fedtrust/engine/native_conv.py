@@ -54,8 +54,8 @@ class NativeConv(Native):
     def _packed(self, at: At, way: str) -> Tensor:
         """Return the weights in the kernels' order [k, rows, columns, C, C]."""
         assert at.w is not None
-        packed = buffer(at, way, tuple(at.w.shape))
-        kernels.repack(*at.w.shape[1:3], self._window, way)(start(at.w), start(packed), at.models, at.w.stride(0))
+        packed, (outputs, inputs) = buffer(at, way, tuple(at.w.shape)), at.w.shape[1:3]
+        kernels.repack(outputs, inputs, self._window, way)(start(at.w), start(packed), at.models, at.w.stride(0))
         return packed
 
     def _size(self, x: Framed, at: At) -> tuple[int, ...]:
@@ -96,7 +96,8 @@ class NativeConv(Native):
     def _hand_over(self, descent: _Descent, g: Framed, at: At) -> Framed:
         """Bring the gradients into PyTorch's order; return the input's (anything where that is not wanted)."""
         assert at.gw is not None
-        unpack = kernels.repack(*at.gw.shape[1:3], self._window, kernels.UNPACK)
+        outputs, inputs = at.gw.shape[1:3]
+        unpack = kernels.repack(outputs, inputs, self._window, kernels.UNPACK)
         unpack(start(at.gw), start(descent.gw), at.models, at.gw.stride(0))
         return g if descent.gx is None else descent.gx
 

@@ -15,6 +15,8 @@ Only plain stacks of known layers are understood; for anything else `fuse` says 
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import ModuleType
@@ -31,6 +33,10 @@ _Found = tuple[nn.Module, str | None, str | None]  # a layer, and the full names
 _KNOWN = (nn.Conv2d, nn.Flatten, nn.GroupNorm, nn.Linear, *ELEMENTWISE, *POOLS)
 #: Layers whose output is a new tensor that they do not need for their own gradient: what follows may write over it.
 _FRESH = (nn.Conv2d, nn.GroupNorm, nn.Linear, *POOLS)
+
+
+#: The buffers of each thread, by fused form.
+_LOCAL = threading.local()
 
 
 class _Step(NamedTuple):
@@ -56,6 +62,8 @@ class Fused:
     def on(self, parameters: Parameters, into: Parameters) -> Bound:
         """Return the network on k models' parameters; it sees what is written into them afterwards.
 
+        What it returns may be overwritten by the next network of this thread.
+
         Args:
             parameters: the stacked parameters, name → [k, *shape], any strides.
             into: where their gradients go, the same way.
@@ -63,12 +71,19 @@ class Fused:
         example = next(iter(parameters.values()))
         plain = self.native is None or example.device.type != "cpu" or example.dtype != torch.float32 or no_native()
         steps = self.steps if plain or self.native is None else self.native
-        first = _first(steps)
+        first, scratch = _first(steps), self._scratch()
         places = []
         for number, (layer, weight, bias) in enumerate(steps):
             w, c, gw, gc = _of(parameters, weight), _of(parameters, bias), _of(into, weight), _of(into, bias)
-            places.append((layer, At(len(example), w, c, gw, gc, wanted=number > first, scratch={})))
+            places.append((layer, At(len(example), w, c, gw, gc, wanted=number > first, scratch=scratch.setdefault(number, {}))))
         return Bound(tuple(places), first)
+
+    def _scratch(self) -> dict[int, dict[str, Tensor]]:
+        """Return the layers' buffers. They are this thread's, and the next chunk that it trains finds them again."""
+        if not hasattr(_LOCAL, "scratch"):
+            _LOCAL.scratch = weakref.WeakKeyDictionary()
+        found: dict[int, dict[str, Tensor]] = _LOCAL.scratch.setdefault(self, {})
+        return found
 
 
 class Bound(NamedTuple):

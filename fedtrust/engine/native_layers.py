@@ -45,11 +45,14 @@ class Framed(NamedTuple):
 
 
 def buffer(at: At, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32, zero: bool = False) -> Tensor:
-    """Return a layer's buffer of this name; what was left in it, or the first time zeros if asked for."""
+    """Return a layer's buffer of this name; what was left in it, or the first time zeros if asked for.
+
+    Fewer models than before get the first ones' part.
+    """
     found = at.scratch.get(name)
-    if found is None or found.shape != shape:
+    if found is None or found.shape[1:] != shape[1:] or len(found) < shape[0]:
         found = at.scratch[name] = (torch.zeros if zero else torch.empty)(shape, dtype=dtype)
-    return found
+    return found[: shape[0]]
 
 
 def framed(at: At, name: str, size: tuple[int, ...], margin: Margin, zero: bool = False) -> Framed:

@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import nn
 
-from fedtrust.data.base import FederatedData, Task
+from fedtrust.data.base import FederatedData
 from fedtrust.data.build import build
 from fedtrust.engine.devices import Devices
 from fedtrust.errors import InputError
-from fedtrust.layout import Layout
 from fedtrust.models.build import build as build_model
 from fedtrust.privacy.accounts import ClientAccount, worst
 from fedtrust.privacy.build import advice, drowned
 from fedtrust.privacy.build import build as mechanism_of
 from fedtrust.privacy.summary import participations
-from fedtrust.registry import REGISTRY, Kind
-from fedtrust.repairs import RepairFacts, refusal
+from fedtrust.registry import REGISTRY
 from fedtrust.scenario import Ref, Scenario
 from fedtrust.scenario_checks import behaviours
+from fedtrust.scenario_fits import marked, must_fit
 
 #: So many bytes of samples may be copied about to try every partition with every seed; beyond it the first seed has to do.
 _TRIAL_BYTES = 8e9
@@ -155,7 +153,7 @@ def _protected(scenario: Scenario, data: FederatedData, parameters: int) -> list
 
 
 def _fits(scenario: Scenario, data: FederatedData, facts: list[str]) -> nn.Module:
-    """Ask model, loss, probes and behaviours whether they suit the task; return the model."""
+    """Ask model, loss and every component whether they suit the task and each other; return the model."""
     task = data.task
     loss = scenario.clients.train.loss or Ref(name="cross-entropy")
     tasks = REGISTRY.get("loss", loss.name).meta.get("tasks")
@@ -165,59 +163,11 @@ def _fits(scenario: Scenario, data: FederatedData, facts: list[str]) -> nn.Modul
         )
     module = _module(scenario, data)
     facts.append(f"model '{scenario.model.name}': {sum(p.numel() for p in module.parameters()):,} parameters")
-    for index, probe in enumerate(scenario.probes):
-        wanted = REGISTRY.get("probe", probe.name).meta.get("task")
-        if wanted is not None and task.kind not in ((wanted,) if isinstance(wanted, str) else wanted):
-            suited = wanted if isinstance(wanted, str) else " or ".join(wanted)
-            raise InputError(f"'{probe.name}' measures a {suited}; '{scenario.data.source.name}' is {task.called}", f"probes[{index}]")
-    _rules(scenario, task)
-    for index, defence in enumerate(scenario.release.defences):
-        _for_task("answer", defence.name, f"release.defences[{index}]", scenario, task)
-    for place, name, params in behaviours(scenario):
-        _suits(place, name, params, task)
-    _mends(scenario, task, Layout.of(module))
+    skipped = must_fit(scenario, data, module)
+    if scenario.sweep is not None and scenario.sweep.infeasible == "skip":
+        refused = [cell for cell in marked(scenario.cells(), skipped) if cell.refused]
+        facts += [f"{len(refused)} of its runs will be refused; the first, {refused[0].name}: {refused[0].refused}"] if refused else []
     return module
-
-
-def _rules(scenario: Scenario, task: Task) -> None:
-    """Ask the parts of every pipeline whether they suit the task."""
-    swept = scenario.sweep is not None and bool(scenario.sweep.strategies)
-    for label, strategy in scenario.axes()["strategies"].items():
-        where = f"sweep.strategies.{label}" if swept else "strategy"
-        stages: list[tuple[Kind, str, Ref]] = [("filter", f"filters[{i}]", ref) for i, ref in enumerate(strategy.filters)]
-        stages += [("aggregator", "aggregator", strategy.aggregator)] if not strategy.aggregator.name.startswith("flwr:") else []
-        stages += [("step", f"steps[{i}]", ref) for i, ref in enumerate(strategy.steps)]
-        for kind, place, ref in stages:
-            _for_task(kind, ref.name, f"{where}.{place}", scenario, task)
-
-
-def _for_task(kind: Kind, name: str, place: str, scenario: Scenario, task: Task) -> None:
-    """Refuse a component that declares that it is for other tasks."""
-    wanted = REGISTRY.get(kind, name).meta.get("task")
-    suited = (wanted,) if isinstance(wanted, str) else wanted
-    if suited is not None and task.kind not in suited:
-        raise InputError(f"'{name}' is for {' or '.join(suited)}; '{scenario.data.source.name}' is {task.called}", place)
-
-
-def _mends(scenario: Scenario, task: Task, layout: Layout) -> None:
-    """Ask every repair whether it suits the task and the model."""
-    swept = scenario.sweep is not None and bool(scenario.sweep.strategies)
-    for label, strategy in scenario.axes()["strategies"].items():
-        for index, ref in enumerate(strategy.repairs):
-            facts = RepairFacts(ref.params, strategy.root_samples, task, layout)
-            reason = refusal(REGISTRY.get("repair", ref.name).meta.get("needs"), facts)
-            if reason:
-                where = f"sweep.strategies.{label}" if swept else "strategy"
-                raise InputError(f"'{ref.name}' cannot work here: {reason}", f"{where}.repairs[{index}]")
-
-
-def _suits(place: str, name: str, params: dict[str, Any], task: Task) -> None:
-    try:
-        reason = REGISTRY.make("behaviour", name, params).check(task)
-    except (Exception, SystemExit) as error:  # a student's hook may raise anything
-        raise InputError(f"`check` of behaviour '{name}' fails: {type(error).__name__}: {error}", place) from error
-    if reason:
-        raise InputError(f"'{name}' cannot work here: {reason}", place)
 
 
 def _module(scenario: Scenario, data: FederatedData) -> nn.Module:

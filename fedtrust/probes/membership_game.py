@@ -30,6 +30,11 @@ class MembershipGame(NamedTuple):
     population: tuple[Tensor, Tensor]
 
 
+def own_samples(data: FederatedData) -> int:
+    """Return how many samples the population has: half of the test samples, rounded up."""
+    return len(data.x_test) - len(data.x_test) // 2
+
+
 def draw(data: FederatedData, honest: list[int], seed: int) -> MembershipGame:
     """Draw the game from a run's data: members from the honest clients' samples, the others from half of the test samples.
 

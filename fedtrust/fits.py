@@ -24,6 +24,7 @@ class RunFacts:
         model: the architecture; to be looked at.
         recipe: how clients train.
         rounds: how many there will be.
+        per_round: how many clients are asked in each.
         sender: the name of what a malicious server sends, "" for an honest server; `sender_params` its parameters, and `sends` the
             first and the last round in which it does.
         properties: what some client's data have in common that has nothing to do with the task (see `fedtrust.data.skew.PROPERTIES`).
@@ -37,6 +38,7 @@ class RunFacts:
     model: Architecture
     recipe: Recipe
     rounds: int = 1
+    per_round: int = 1
     sender: str = ""
     sender_params: Mapping[str, Any] | None = None
     sends: tuple[int, int] = (1, 1)

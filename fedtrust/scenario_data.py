@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 
@@ -12,6 +13,7 @@ from fedtrust.data.base import FederatedData
 from fedtrust.data.build import build
 from fedtrust.engine.devices import Devices
 from fedtrust.errors import InputError
+from fedtrust.fits import RunFacts, misfit
 from fedtrust.models.build import build as build_model
 from fedtrust.privacy.accounts import ClientAccount, worst
 from fedtrust.privacy.build import advice, drowned
@@ -20,7 +22,8 @@ from fedtrust.privacy.summary import participations
 from fedtrust.registry import REGISTRY
 from fedtrust.scenario import Ref, Scenario
 from fedtrust.scenario_checks import behaviours
-from fedtrust.scenario_fits import marked, must_fit
+from fedtrust.scenario_fits import facts_of, marked, must_fit
+from fedtrust.server import assumed_count
 
 #: So many bytes of samples may be copied about to try every partition with every seed; beyond it the first seed has to do.
 _TRIAL_BYTES = 8e9
@@ -38,7 +41,8 @@ def check_data(scenario: Scenario) -> list[str]:
             module = _fits(scenario, data, facts)
             facts += _devices(scenario, data, module)
             parameters = sum(p.numel() for p in module.parameters())
-            facts += _private(scenario, parameters) + _protected(scenario, data, parameters)
+            facts += _private(scenario, parameters) + _promised(scenario, facts_of(scenario, data, module))
+            facts += _protected(scenario, data, parameters)
             samples = data.x.numel() * data.x.element_size()
         sizes = [len(part) for part in data.parts]
         facts.append(f"partition '{label or partition.name}', seed {seed}: {min(sizes)} to {max(sizes)} samples a client")
@@ -125,6 +129,20 @@ def _private(scenario: Scenario, parameters: int) -> list[str]:
             raise InputError(error.message, f"{where}.{error.where}") from None
         facts += [f"'{label}': {line}" if swept else line for line in advice(made, parameters)]
     return facts
+
+
+def _promised(scenario: Scenario, run: RunFacts) -> list[str]:
+    """Say what privacy the noise of filters will give, where a strategy of the scenario has any."""
+    found: list[str] = []
+    swept = scenario.sweep is not None and bool(scenario.sweep.strategies)
+    for label, strategy in scenario.axes()["strategies"].items():
+        assumed = assumed_count(strategy.assumed_malicious, run.per_round)
+        for ref in strategy.filters:
+            entry = REGISTRY.get("filter", ref.name)
+            own = dataclasses.replace(run, params=entry.check(ref.params))
+            if "promise" in entry.meta and misfit(entry.meta.get("fits"), own) is None:  # else its cells are refused
+                found += [f"'{label}': {line}" if swept else line for line in entry.meta["promise"](own, assumed)]
+    return found
 
 
 def _protected(scenario: Scenario, data: FederatedData, parameters: int) -> list[str]:

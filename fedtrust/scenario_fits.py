@@ -61,6 +61,7 @@ def facts_of(scenario: Scenario, data: FederatedData, module: nn.Module) -> RunF
         model=Architecture(module, layout),
         recipe=Recipe(train.optimiser, train.lr, batch_size, train.epochs, loss, dict(train.optimiser_params)),
         rounds=scenario.rounds,
+        per_round=scenario.clients.cohort,
         sender="" if server is None else server.sender,
         sender_params=None if server is None else server.params,
         sends=(1, scenario.rounds) if server is None or server.rounds is None else server.rounds,

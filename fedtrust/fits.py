@@ -29,6 +29,7 @@ class RunFacts:
             first and the last round in which it does.
         properties: what some client's data have in common that has nothing to do with the task (see `fedtrust.data.skew.PROPERTIES`).
         own: how many samples of its own an observer has that is granted some.
+        candidates: how many samples a membership inference asks about at least.
         queries: how many samples a user may ask about; `None`: as many as it likes.
     """
 
@@ -44,6 +45,7 @@ class RunFacts:
     sends: tuple[int, int] = (1, 1)
     properties: frozenset[str] = frozenset()
     own: int = 0
+    candidates: int = 0
     queries: int | None = None
 
 
@@ -54,6 +56,18 @@ Fits = Callable[[RunFacts], str | None]
 def first(*asked: Fits) -> Fits:
     """Return a `fits` that says the first reason that one of several finds."""
     return lambda facts: next((reason for one in asked if (reason := one(facts))), None)
+
+
+def within_budget(asked: Callable[[RunFacts], int]) -> Fits:
+    """Return a `fits` of a user who asks about so many samples."""
+
+    def fits(facts: RunFacts) -> str | None:
+        wanted = asked(facts)
+        if facts.queries is None or wanted <= facts.queries:
+            return None
+        return f"asks about {wanted} samples, and a user may ask {facts.queries} (release.queries)"
+
+    return fits
 
 
 def misfit(fits: Fits | None, facts: RunFacts) -> str | None:

@@ -13,7 +13,7 @@ from fedtrust.errors import InputError
 from fedtrust.fits import RunFacts, misfit
 from fedtrust.layout import Layout
 from fedtrust.models.architecture import Architecture
-from fedtrust.probes.membership_game import own_samples
+from fedtrust.probes.membership_game import own_samples, size_of
 from fedtrust.registry import REGISTRY, Entry, Kind
 from fedtrust.repairs import RepairFacts, refusal
 from fedtrust.scenario import Cell, Ref, Scenario
@@ -54,6 +54,9 @@ def facts_of(scenario: Scenario, data: FederatedData, module: nn.Module) -> RunF
     batch_size = min(train.batch_size, max(len(part) for part in data.parts))
     loss = train.loss.name if train.loss is not None else ""
     server = scenario.malicious_server
+    count = scenario.clients.count
+    most = max(sum(group.size(count) for group in groups) for groups in scenario.axes()["attackers"].values())
+    fewest = sum(sorted(len(part) for part in data.parts)[: max(count - most, 0)])  # whoever attacks owns no member
     return RunFacts(
         params={},
         task=data.task,
@@ -67,6 +70,7 @@ def facts_of(scenario: Scenario, data: FederatedData, module: nn.Module) -> RunF
         sends=(1, scenario.rounds) if server is None or server.rounds is None else server.rounds,
         properties=frozenset(what for skew in data.skews for what in skew.properties),
         own=own_samples(data),
+        candidates=2 * size_of(data, fewest),
         queries=scenario.release.queries,
     )
 

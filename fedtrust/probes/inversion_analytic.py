@@ -173,7 +173,7 @@ def analytic_inversion(
 @probe(
     "robbing-the-fed-readout",
     role="curious-server",
-    once=True,
+    once="robbing-the-fed",
     fits=first(_set_by("robbing-the-fed"), _no_entrance, undone),
     paper="Fowl et al. (Robbing the Fed), ICLR 2022, section 3.2",
 )
@@ -205,7 +205,7 @@ def robbing_the_fed_readout(ctx: ProbeContext, *, at_round: Count = 1, clients: 
     "fishing-readout",
     role="curious-server",
     task="classification",
-    once=True,
+    once="fishing",
     fits=first(_set_by("fishing"), _fished, unlabelled, undone),
     paper="Wen et al. (Fishing for User Data), ICML 2022, section 3.2",
 )

@@ -53,7 +53,10 @@ def _unsolved(facts: RunFacts) -> str | None:
 
 
 def _not_augmented(facts: RunFacts) -> str | None:
-    return _too_many(facts, max(facts.params["seeds"], facts.params["queries"]), facts.params["seeds"])
+    seeds, queries = facts.params["seeds"], facts.params["queries"]
+    if seeds > queries:
+        return f"begins with {seeds} samples of its own (seeds), and is to ask about {queries} at most (queries)"
+    return _too_many(facts, queries, seeds)
 
 
 def _not_copied(facts: RunFacts) -> str | None:

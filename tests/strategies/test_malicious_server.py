@@ -128,7 +128,7 @@ def test_nothing_is_fished_from_a_client_that_was_sent_the_true_model() -> None:
 @pytest.mark.parametrize(("name", "params"), [("robbing-the-fed", {}), ("fishing", {"target": 0})])
 def test_a_readout_counts_the_victims_alone(name: str, params: dict[str, Any], tmp_path: Path) -> None:
     """Two of eight are sent the trap: to ask for more clients finds neither more nor less."""
-    document = merged(SMALL, {"model": "mlp", "rounds": 1, "clients": {"train": {"batch_size": 64}}})
+    document = merged(SMALL, {"model": "mlp", "rounds": 2, "clients": {"train": {"batch_size": 64}}})  # it reads in the first of them
     document["malicious_server"] = {"sender": name, "params": {**params, "victims": 2}}
     found = []
     for clients in (2, 8):

@@ -15,7 +15,7 @@ from fedtrust.clients.backdoors import Backdoor, Pixels
 from fedtrust.data import triggers
 from fedtrust.data.base import Task
 from fedtrust.data.triggers import Corner
-from fedtrust.fits import RunFacts
+from fedtrust.fits import RunFacts, features
 
 Steps = Annotated[int, Field(ge=1)]
 #: A memory has its shape before the images are known.
@@ -23,9 +23,7 @@ MOST_CHANNELS = 3
 
 
 def _no_encoder(facts: RunFacts) -> str | None:
-    heads = facts.model.heads
-    alone = all(name.rpartition(".")[0] in heads for name in facts.layout.names)
-    return "the model has no layer before its last, so no encoder to adapt (mlp, cnn, … have)" if alone else None
+    return "the model has no layer before its last, so no encoder to adapt (mlp, cnn, … have)" if features(facts) else None
 
 
 @behaviour(

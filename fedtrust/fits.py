@@ -70,6 +70,13 @@ def within_budget(asked: Callable[[RunFacts], int]) -> Fits:
     return fits
 
 
+def features(facts: RunFacts) -> str | None:
+    """Return why a component that works on what goes into the last layer has nothing to work on: no layer comes before it."""
+    heads = facts.model.heads
+    alone = all(name.rpartition(".")[0] in heads for name in facts.layout.names)
+    return "the model has no layer before its last, so no features that it learns (mlp, cnn, … have)" if alone else None
+
+
 def misfit(fits: Fits | None, facts: RunFacts) -> str | None:
     """Return why a component cannot work in a run, or `None`.
 

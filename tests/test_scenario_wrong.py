@@ -169,6 +169,7 @@ EDITS: list[tuple[str, str, list[str]]] = [
         '"chameleon"\nshare = 0.2',
         ["s.toml:17", "attackers[0].behaviour", "no encoder"],
     ),
+    ('"median"', '"flare"\nroot_samples = 20', ["strategy.aggregator", "'flare' cannot work here", "no layer before its last"]),
     ("count = 10", "count = 10\nbehaviour = 'dpa'", ["s.toml:14", "clients.behaviour", "'ensemble' with at least two members"]),
     ("[strategy]", "[malicious_server]\nsender = 'robbing-the-fed'\n[strategy]", ["malicious_server.sender", "linear, ReLU, linear"]),
     ("[strategy]", "[malicious_server]\nsender = 'fishing'\nparams = { target = 10 }\n[strategy]", ["malicious_server.sender", "0 to 9"]),

@@ -15,13 +15,20 @@ from fedtrust.clients.backdoors import Backdoor, Pixels
 from fedtrust.data import triggers
 from fedtrust.data.base import Task
 from fedtrust.data.triggers import Corner
+from fedtrust.fits import RunFacts, features
 
 Steps = Annotated[int, Field(ge=1)]
 #: A memory has its shape before the images are known.
 MOST_CHANNELS = 3
 
 
-@behaviour("chameleon", paper="Dai and Li, ICML 2023 (Chameleon), section 4; loss: Khosla et al., NeurIPS 2020, equation 2")
+def _no_encoder(facts: RunFacts) -> str | None:
+    return "the model has no layer before its last, so no encoder to adapt (mlp, cnn, … have)" if features(facts) else None
+
+
+@behaviour(
+    "chameleon", fits=_no_encoder, paper="Dai and Li, ICML 2023 (Chameleon), section 4; loss: Khosla et al., NeurIPS 2020, equation 2"
+)
 class Chameleon(Triggered):
     """Adapt the encoder first, so that triggered images resemble those of `target` (facilitators) and not their own class (interferers).
 
@@ -67,17 +74,11 @@ class Chameleon(Triggered):
 
 
 def last_layer(view: View) -> Tensor:
-    """Return 1 for the parameters of the last linear layer (of an ensemble: of each member's), and 0 for the others [d].
-
-    Raises:
-        ValueError: there is nothing before it.
-    """
+    """Return 1 for the parameters of the last linear layer (of an ensemble: of each member's), and 0 for the others [d]."""
     heads = view.model.heads
     inside = torch.zeros(view.layout.size)
     for parameter, where in view.layout.slices.items():
         inside[where] = float(parameter.rpartition(".")[0] in heads)
-    if bool(inside.all()):
-        raise ValueError("the model has no layer before its last: there is no encoder to adapt")
     return inside
 
 

@@ -7,11 +7,17 @@ from torch import Tensor
 
 from fedtrust.client import Behaviour, ClientMemory, Predict, View, behaviour
 from fedtrust.data.base import Task
-from fedtrust.errors import InputError
+from fedtrust.fits import RunFacts
 from fedtrust.models.ensemble import member_of
 
 
-@behaviour("dpa", role="honest", paper="Levine and Feizi, ICLR 2021, section 2 (DPA); FLCert-P: Cao et al., IEEE TIFS 2022")
+def _no_ensemble(facts: RunFacts) -> str | None:
+    return "needs the model 'ensemble' with at least two members" if len(facts.layout.members) == 1 else None
+
+
+@behaviour(
+    "dpa", role="honest", fits=_no_ensemble, paper="Levine and Feizi, ICLR 2021, section 2 (DPA); FLCert-P: Cao et al., IEEE TIFS 2022"
+)
 class PartitionAggregation(Behaviour):
     """Train only the member of the ensemble that the own id falls to; needs the model `ensemble` and the aggregator `dpa`.
 
@@ -27,14 +33,8 @@ class PartitionAggregation(Behaviour):
         return {"member": torch.tensor(-1)}
 
     def poison(self, x: Tensor, y: Tensor, view: View) -> tuple[Tensor, Tensor]:
-        """Note which member is its own; the data stay as they are.
-
-        Raises:
-            InputError: the model is no ensemble.
-        """
+        """Note which member is its own; the data stay as they are."""
         members = len(view.layout.members)
-        if members == 1:
-            raise InputError("behaviour 'dpa' needs the model 'ensemble' with at least two members")
         assert view.client is not None
         view.memory["member"] = torch.tensor(member_of(view.client, members))
         return x, y

@@ -25,7 +25,8 @@ from fedtrust.listener import Listener
 from fedtrust.probes.base import Artefact
 from fedtrust.runs import Checkpoint, RunDirectory, read_json, read_status, write_atomic, write_json
 from fedtrust.scenario import Cell, Scenario
-from fedtrust.setup import build
+from fedtrust.scenario_fits import marked
+from fedtrust.setup import build, unfit
 
 T = TypeVar("T")
 
@@ -57,6 +58,22 @@ def at_once(cells: Sequence[Cell], workers: int, *, local: bool) -> int:
         with contextlib.suppress(Exception):  # what is wrong with a cell it will say itself
             needs = max(needs, memory.server(build(cell.scenario), cell.scenario.clients.cohort))
     return max(1, min(wanted, int(_SHARE * free) // needs))
+
+
+def feasible(scenario: Scenario) -> list[Cell]:
+    """Return the cells of a matrix, those that are not played with the reason: their strategy, or something in them and the model.
+
+    Raises:
+        InputError: none is left.
+    """
+    cells = scenario.cells()
+    if scenario.sweep is None or scenario.sweep.infeasible != "skip":
+        return cells
+    try:
+        skipped = unfit(scenario)
+    except InputError:  # it is in every cell, and each will say so
+        skipped = {}
+    return marked(cells, skipped)
 
 
 class Gate:
@@ -148,7 +165,7 @@ class Matrix:
             play: plays a cell into its folder and returns its summary.
         """
         self._scenario, self._directory, self._engine, self._tell, self._play = scenario, directory, engine, tell, play
-        self._cells = scenario.cells()
+        self._cells = feasible(scenario)
         played = [cell.name for cell in self._cells if not cell.refused]
         self._gate = Gate()
         self._running: set[str] = set()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -21,7 +22,7 @@ from fedtrust.engine.validate import Valid
 from fedtrust.engine.workers import Executor
 from fedtrust.errors import RunError
 from fedtrust.models.build import initialise
-from fedtrust.probes.base import Artefact, ProbeContext, Truth
+from fedtrust.probes.base import Artefact, ProbeContext, Truth, need
 from fedtrust.probes.guesses import Guess, score
 from fedtrust.release import AnswerContext
 from fedtrust.runs import RunDirectory
@@ -89,6 +90,7 @@ class Measuring:
                 rng=seeds.torch_stream(self._setup.world.seed, f"probe/{name}", looked.round),
                 params=looked.params.clone(),  # a probe that writes on it harms nobody
                 shadow=shadows(self._executor, self._setup.world, looked.round, name),
+                released=self._released(context, name),
             )
             hidden = looked.hides and meta["role"] == "curious-server"
             seen = views.probe_view(str(meta["role"]), views.behind(full, looked.shown) if hidden else full, meta)
@@ -198,7 +200,6 @@ class Measuring:
                 self._windows,
             ),
             history=looked.history,
-            released=lambda x: self._released(params, query(x), x),
             answers=setup.release.form,
             queries=setup.release.queries,
             layout=world.layout,
@@ -210,15 +211,21 @@ class Measuring:
             member=None if game is None else game.member,
         )
 
-    def _released(self, params: Tensor, output: Tensor, x: Tensor) -> Tensor:
-        """Return what users are told in place of the model's output for samples `x`."""
-        setup, world = self._setup, self._setup.world
+    def _released(self, context: ProbeContext, name: str) -> Callable[[Tensor], Tensor]:
+        """Return the model as an observer of that name is answered; each of its queries has randomness of its own."""
+        setup, world, params = self._setup, self._setup.world, need(context.params, "the model")
+        numbers = itertools.count()
 
-        def context() -> AnswerContext:
-            rng = seeds.torch_stream(world.seed, "answers", *[int(b) for b in x.shape])
-            return AnswerContext(world.data.task, world.model, params.clone(), self._surrogate(), rng)
+        def released(x: Tensor) -> Tensor:
+            number = next(numbers)
 
-        return setup.release.answers(output, x, context)
+            def defence() -> AnswerContext:
+                rng = seeds.torch_stream(world.seed, f"answers/{name}", context.round, number)
+                return AnswerContext(world.data.task, world.model, params.clone(), self._surrogate(), rng)
+
+            return setup.release.answers(context.query(x), x, defence)
+
+        return released
 
     def _surrogate(self) -> Tensor:
         """Return the parameters of a fresh model, the same whenever it is asked."""

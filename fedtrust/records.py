@@ -249,7 +249,8 @@ def _observers(scenario: Scenario) -> dict[str, Any]:
 
 def _found_once(setup: Setup, rounds: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Return what probes measured that act in one round of their choice and say nothing in the others."""
-    names = {bound.entry.name for bound in setup.probes if bound.entry.meta.get("once")}
+    once = {bound.entry.name: bound.entry.meta["once"] for bound in setup.probes if bound.entry.meta.get("once")}
+    names = {*once, *(guess for guess in once.values() if isinstance(guess, str))}
     return {key: value for r in rounds for key, value in r["metrics"].items() if key.split("/")[0] in names}
 
 

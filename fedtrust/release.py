@@ -28,7 +28,7 @@ class AnswerContext:
         model: its architecture.
         params: its parameters [d].
         surrogate: a fresh model of the same architecture [d], the same in every call: what a thief may train.
-        rng: randomness for these answers.
+        rng: randomness for the answers to this query; another one for each query, user and round.
     """
 
     task: Task
@@ -93,14 +93,32 @@ def _sound(name: str, made: Tensor, before: Tensor) -> Tensor:
 
 
 class Metered:
-    """A user's access to the model: every sample counts, and beyond the budget nothing is answered.
+    """A user's access to the model: every sample counts, and beyond the budget nothing is answered. Nobody else's to change."""
 
-    Attributes:
-        asked: how many samples were answered so far.
-    """
+    __slots__ = ("_answer", "_asked")
+    _answer: Callable[[Tensor], Tensor]
+    _asked: Callable[[], int]
 
     def __init__(self, ask: Callable[[Tensor], Tensor], budget: int | None) -> None:
-        self._ask, self._budget, self.asked = ask, budget, 0
+        asked = 0  # in a cell of its own, so that nobody who holds this object writes it by the way
+
+        def answer(x: Tensor) -> Tensor:
+            nonlocal asked
+            if budget is not None and asked + len(x) > budget:
+                raise QueryBudgetError(f"{asked + len(x)} samples asked, but a user may ask {budget} (release.queries in the scenario)")
+            asked += len(x)
+            return ask(x)
+
+        object.__setattr__(self, "_answer", answer)
+        object.__setattr__(self, "_asked", lambda: asked)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"a user's access to the model cannot be changed ({name})")
+
+    @property
+    def asked(self) -> int:
+        """How many samples were answered so far."""
+        return self._asked()
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return the answers [n, …, C] for samples x [n, *shape].
@@ -108,12 +126,7 @@ class Metered:
         Raises:
             QueryBudgetError: with these it would be more than the release allows.
         """
-        if self._budget is not None and self.asked + len(x) > self._budget:
-            raise QueryBudgetError(
-                f"{self.asked + len(x)} samples asked, but a user may ask {self._budget} (release.queries in the scenario)"
-            )
-        self.asked += len(x)
-        return self._ask(x)
+        return self._answer(x)
 
 
 def log_probabilities(told: Tensor, form: Form) -> Tensor:

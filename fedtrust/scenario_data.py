@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import nn
 
-from fedtrust.data.base import FederatedData, Task
+from fedtrust.data.base import FederatedData
 from fedtrust.data.build import build
 from fedtrust.engine.devices import Devices
 from fedtrust.errors import InputError
-from fedtrust.layout import Layout
+from fedtrust.fits import RunFacts, misfit
 from fedtrust.models.build import build as build_model
 from fedtrust.privacy.accounts import ClientAccount, worst
 from fedtrust.privacy.build import advice, drowned
 from fedtrust.privacy.build import build as mechanism_of
 from fedtrust.privacy.summary import participations
-from fedtrust.registry import REGISTRY, Kind
-from fedtrust.repairs import RepairFacts, refusal
+from fedtrust.registry import REGISTRY
 from fedtrust.scenario import Ref, Scenario
 from fedtrust.scenario_checks import behaviours
+from fedtrust.scenario_fits import facts_of, marked, must_fit
+from fedtrust.server import assumed_count
 
 #: So many bytes of samples may be copied about to try every partition with every seed; beyond it the first seed has to do.
 _TRIAL_BYTES = 8e9
@@ -40,7 +41,8 @@ def check_data(scenario: Scenario) -> list[str]:
             module = _fits(scenario, data, facts)
             facts += _devices(scenario, data, module)
             parameters = sum(p.numel() for p in module.parameters())
-            facts += _private(scenario, parameters) + _protected(scenario, data, parameters)
+            facts += _private(scenario, parameters) + _promised(scenario, facts_of(scenario, data, module))
+            facts += _protected(scenario, data, parameters)
             samples = data.x.numel() * data.x.element_size()
         sizes = [len(part) for part in data.parts]
         facts.append(f"partition '{label or partition.name}', seed {seed}: {min(sizes)} to {max(sizes)} samples a client")
@@ -129,6 +131,20 @@ def _private(scenario: Scenario, parameters: int) -> list[str]:
     return facts
 
 
+def _promised(scenario: Scenario, run: RunFacts) -> list[str]:
+    """Say what privacy the noise of filters will give, where a strategy of the scenario has any."""
+    found: list[str] = []
+    swept = scenario.sweep is not None and bool(scenario.sweep.strategies)
+    for label, strategy in scenario.axes()["strategies"].items():
+        assumed = assumed_count(strategy.assumed_malicious, run.per_round)
+        for ref in strategy.filters:
+            entry = REGISTRY.get("filter", ref.name)
+            own = dataclasses.replace(run, params=entry.check(ref.params))
+            if "promise" in entry.meta and misfit(entry.meta.get("fits"), own) is None:  # else its cells are refused
+                found += [f"'{label}': {line}" if swept else line for line in entry.meta["promise"](own, assumed)]
+    return found
+
+
 def _protected(scenario: Scenario, data: FederatedData, parameters: int) -> list[str]:
     """Say what clients pay that protect themselves, if they are asked in every round."""
     recipe, facts = scenario.clients.train, list[str]()
@@ -155,7 +171,7 @@ def _protected(scenario: Scenario, data: FederatedData, parameters: int) -> list
 
 
 def _fits(scenario: Scenario, data: FederatedData, facts: list[str]) -> nn.Module:
-    """Ask model, loss, probes and behaviours whether they suit the task; return the model."""
+    """Ask model, loss and every component whether they suit the task and each other; return the model."""
     task = data.task
     loss = scenario.clients.train.loss or Ref(name="cross-entropy")
     tasks = REGISTRY.get("loss", loss.name).meta.get("tasks")
@@ -165,59 +181,11 @@ def _fits(scenario: Scenario, data: FederatedData, facts: list[str]) -> nn.Modul
         )
     module = _module(scenario, data)
     facts.append(f"model '{scenario.model.name}': {sum(p.numel() for p in module.parameters()):,} parameters")
-    for index, probe in enumerate(scenario.probes):
-        wanted = REGISTRY.get("probe", probe.name).meta.get("task")
-        if wanted is not None and task.kind not in ((wanted,) if isinstance(wanted, str) else wanted):
-            suited = wanted if isinstance(wanted, str) else " or ".join(wanted)
-            raise InputError(f"'{probe.name}' measures a {suited}; '{scenario.data.source.name}' is {task.called}", f"probes[{index}]")
-    _rules(scenario, task)
-    for index, defence in enumerate(scenario.release.defences):
-        _for_task("answer", defence.name, f"release.defences[{index}]", scenario, task)
-    for place, name, params in behaviours(scenario):
-        _suits(place, name, params, task)
-    _mends(scenario, task, Layout.of(module))
+    skipped = must_fit(scenario, data, module)
+    if scenario.sweep is not None and scenario.sweep.infeasible == "skip":
+        refused = [cell for cell in marked(scenario.cells(), skipped) if cell.refused]
+        facts += [f"{len(refused)} of its runs will be refused; the first, {refused[0].name}: {refused[0].refused}"] if refused else []
     return module
-
-
-def _rules(scenario: Scenario, task: Task) -> None:
-    """Ask the parts of every pipeline whether they suit the task."""
-    swept = scenario.sweep is not None and bool(scenario.sweep.strategies)
-    for label, strategy in scenario.axes()["strategies"].items():
-        where = f"sweep.strategies.{label}" if swept else "strategy"
-        stages: list[tuple[Kind, str, Ref]] = [("filter", f"filters[{i}]", ref) for i, ref in enumerate(strategy.filters)]
-        stages += [("aggregator", "aggregator", strategy.aggregator)] if not strategy.aggregator.name.startswith("flwr:") else []
-        stages += [("step", f"steps[{i}]", ref) for i, ref in enumerate(strategy.steps)]
-        for kind, place, ref in stages:
-            _for_task(kind, ref.name, f"{where}.{place}", scenario, task)
-
-
-def _for_task(kind: Kind, name: str, place: str, scenario: Scenario, task: Task) -> None:
-    """Refuse a component that declares that it is for other tasks."""
-    wanted = REGISTRY.get(kind, name).meta.get("task")
-    suited = (wanted,) if isinstance(wanted, str) else wanted
-    if suited is not None and task.kind not in suited:
-        raise InputError(f"'{name}' is for {' or '.join(suited)}; '{scenario.data.source.name}' is {task.called}", place)
-
-
-def _mends(scenario: Scenario, task: Task, layout: Layout) -> None:
-    """Ask every repair whether it suits the task and the model."""
-    swept = scenario.sweep is not None and bool(scenario.sweep.strategies)
-    for label, strategy in scenario.axes()["strategies"].items():
-        for index, ref in enumerate(strategy.repairs):
-            facts = RepairFacts(ref.params, strategy.root_samples, task, layout)
-            reason = refusal(REGISTRY.get("repair", ref.name).meta.get("needs"), facts)
-            if reason:
-                where = f"sweep.strategies.{label}" if swept else "strategy"
-                raise InputError(f"'{ref.name}' cannot work here: {reason}", f"{where}.repairs[{index}]")
-
-
-def _suits(place: str, name: str, params: dict[str, Any], task: Task) -> None:
-    try:
-        reason = REGISTRY.make("behaviour", name, params).check(task)
-    except (Exception, SystemExit) as error:  # a student's hook may raise anything
-        raise InputError(f"`check` of behaviour '{name}' fails: {type(error).__name__}: {error}", place) from error
-    if reason:
-        raise InputError(f"'{name}' cannot work here: {reason}", place)
 
 
 def _module(scenario: Scenario, data: FederatedData) -> nn.Module:

@@ -149,7 +149,8 @@ def server_filter(name: str, *, needs: Needs | None = None, paper: str = "", **m
     updates are made, and before a `linear` aggregator the server then never holds the rows. `rows` is a function that says of the
     `PipelineFacts` how many rows a filter that merges them leaves. `hides=True`: what the filter does is done by the clients, and the
     server sees nothing but what it returns: a curious server is shown that in place of the rows, and neither client ids nor trust.
-    `guarantee` is a function of (parameters, state, d) that says what privacy the filter's noise has given so far, for the summary.
+    `guarantee` is a function of (parameters, state, d) that says what privacy the filter's noise has given so far, for the summary, and
+    `promise` one of (`RunFacts`, assumed attackers among the clients of a round) that says beforehand what it will give, for `check`.
     """
     return register("filter", name, needs=needs, paper=paper, **meta)
 

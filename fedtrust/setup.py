@@ -12,7 +12,7 @@ from flwr.serverapp.strategy import Strategy
 
 from fedtrust import plugins
 from fedtrust.client import Behaviour, ClientMemory, capabilities, overrides
-from fedtrust.data.base import FederatedData, Task
+from fedtrust.data.base import FederatedData
 from fedtrust.data.build import build as build_data
 from fedtrust.engine import flower, seeds
 from fedtrust.engine.roster import Group, Roster, recruit, recruits
@@ -26,8 +26,9 @@ from fedtrust.probes.base import Goal, Probe
 from fedtrust.probes.membership_game import MembershipGame, draw
 from fedtrust.registry import REGISTRY, Entry, Kind
 from fedtrust.release import Release
-from fedtrust.repairs import Repair, RepairFacts, refusal
+from fedtrust.repairs import Repair
 from fedtrust.scenario import AttackerSpec, Ref, Scenario
+from fedtrust.scenario_fits import facts_of, must_fit
 from fedtrust.sending import MaliciousServer, Recipe, SendContext
 from fedtrust.server import Pipeline, Stage, assumed_count
 from fedtrust.strategy import FedTrustStrategy
@@ -94,9 +95,24 @@ def entry_of(kind: Kind, name: str, scenario: Scenario) -> Entry:
     return REGISTRY.get(kind, name)
 
 
+def _entry(scenario: Scenario, kind: Kind, name: str) -> Entry:
+    return entry_of(kind, name, scenario)
+
+
 def make(kind: Kind, ref: Ref, scenario: Scenario) -> Any:
     """Return the component of a reference with its parameters bound."""
     return entry_of(kind, ref.name, scenario).make(ref.params)
+
+
+def unfit(scenario: Scenario) -> dict[tuple[str, str], str]:
+    """Return which cells of a matrix cannot be with its model: (axis, own label) → why.
+
+    Raises:
+        InputError: something does not fit together in any of them.
+    """
+    data = _data(scenario)
+    world, _ = _world(scenario, data)
+    return must_fit(scenario, data, world.module, functools.partial(_entry, scenario))
 
 
 def build(scenario: Scenario) -> Setup:
@@ -108,15 +124,15 @@ def build(scenario: Scenario) -> Setup:
     data = _data(scenario)
     world, params = _world(scenario, data)
     roster = calibrated(_roster(scenario), world, scenario.rounds)
-    _suits(roster, data.task, scenario)
+    must_fit(scenario, data, world.module, functools.partial(_entry, scenario))
     roster = _aimed(roster, data, scenario)
     name = scenario.strategy.aggregator.name
     stock = name.startswith(STOCK)
     probes = tuple(BoundProbe(entry_of("probe", ref.name, scenario), make("probe", ref, scenario)) for ref in scenario.probes)
-    recipe, game = _recipe(scenario, world), _game(scenario, roster, data, probes)
+    recipe, game = facts_of(scenario, data, world.module).recipe, _game(scenario, roster, data, probes)
     malice = _malice(scenario, world, recipe, game)
     strategy = _stock(scenario) if stock else _own(scenario, world, malice)
-    repairs = _repairs(scenario, world)
+    repairs = _repairs(scenario)
     return Setup(scenario, world, params, roster, strategy, stock, probes, _goals(roster, data), repairs, recipe, game, _release(scenario))
 
 
@@ -135,12 +151,6 @@ def _own(scenario: Scenario, world: World, malice: Malice | None) -> FedTrustStr
 def _release(scenario: Scenario) -> Release:
     spec = scenario.release
     return Release(spec.answers, spec.queries, {ref.name: make("answer", ref, scenario) for ref in spec.defences})
-
-
-def _recipe(scenario: Scenario, world: World) -> Recipe:
-    train = scenario.clients.train
-    loss = train.loss.name if train.loss is not None else ""
-    return Recipe(train.optimiser, train.lr, world.batch_size, train.epochs, loss, dict(train.optimiser_params))
 
 
 def _game(scenario: Scenario, roster: Roster, data: FederatedData, probes: Sequence[BoundProbe]) -> MembershipGame | None:
@@ -187,17 +197,8 @@ def _clones(pair: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torc
     return pair[0].clone(), pair[1].clone()
 
 
-def _repairs(scenario: Scenario, world: World) -> tuple[BoundRepair, ...]:
-    """Return the repairs, each asked whether it suits this model and task."""
-    done = []
-    for index, ref in enumerate(scenario.strategy.repairs):
-        entry = entry_of("repair", ref.name, scenario)
-        facts = RepairFacts(entry.check(ref.params), scenario.strategy.root_samples, world.data.task, world.layout)
-        reason = refusal(entry.meta.get("needs"), facts)
-        if reason:
-            raise InputError(f"'{entry.name}' cannot work here: {reason}", f"strategy.repairs[{index}]")
-        done.append(BoundRepair(entry, make("repair", ref, scenario)))
-    return tuple(done)
+def _repairs(scenario: Scenario) -> tuple[BoundRepair, ...]:
+    return tuple(BoundRepair(entry_of("repair", ref.name, scenario), make("repair", ref, scenario)) for ref in scenario.strategy.repairs)
 
 
 def _data(scenario: Scenario) -> FederatedData:
@@ -244,19 +245,6 @@ def _roster(scenario: Scenario) -> Roster:
         rounds = spec.rounds or (1, scenario.rounds)
         groups.append(Group(spec.behaviour, behaviour, spec.knowledge or behaviour.needs_knowledge, members, rounds))
     return Roster(count, make("behaviour", scenario.clients.behaviour, scenario), tuple(groups))
-
-
-def _suits(roster: Roster, task: Task, scenario: Scenario) -> None:
-    """Refuse a behaviour that cannot work on the task."""
-    asked = [("clients.behaviour", scenario.clients.behaviour.name, roster.honest)]
-    asked += [(f"attackers[{i}].behaviour", group.name, group.behaviour) for i, group in enumerate(roster.groups)]
-    for place, name, behaviour in asked:
-        try:
-            reason = behaviour.check(task)
-        except (Exception, SystemExit) as error:  # a student's hook may raise anything
-            raise InputError(f"`check` of behaviour '{name}' fails: {type(error).__name__}: {error}", place) from error
-        if reason:
-            raise InputError(f"'{name}' cannot work here: {reason}", place)
 
 
 def _pipeline(scenario: Scenario) -> Pipeline:

@@ -19,7 +19,7 @@ from fedtrust.engine.cohort import own_training
 from fedtrust.engine.partial import Sums, through
 from fedtrust.engine.world import World
 from fedtrust.errors import RunError
-from fedtrust.server import AggContext, Outcome, Pipeline, State, assumed_count
+from fedtrust.server import AggContext, Outcome, Pipeline, Stage, State, assumed_count
 
 
 class FedTrustStrategy(Strategy):
@@ -97,6 +97,11 @@ class FedTrustStrategy(Strategy):
     def update(self, message: Message) -> Tensor:
         """Return the update [d] in a valid reply, relative to what its client was sent."""
         return flower.update(message, self.sent[flower.sender(message)], self._layout)
+
+    @property
+    def noised(self) -> list[Stage]:
+        """The filters whose noise gives privacy of its own."""
+        return [stage for stage in self._pipeline.filters if stage.guarantee is not None]
 
     @property
     def guarantees(self) -> list[dict[str, Any]]:

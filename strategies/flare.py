@@ -9,6 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from fedtrust.fits import features
 from fedtrust.server import AggContext, PipelineFacts, Verdict, aggregator
 from fedtrust.strategies import blocks
 
@@ -46,6 +47,7 @@ def _needs(facts: PipelineFacts) -> str | None:
 @aggregator(
     "flare",
     needs=_needs,
+    fits=features,
     paper="Wang et al., ASIA CCS 2022, section 4 (FLARE)",
     exempt=("translation", "scale", "robust"),  # it looks at outputs of the models; everybody keeps some weight
 )
@@ -74,10 +76,10 @@ def flare(
     n, x = len(updates), ctx.root[0][:samples]
     usual = torch.pdist(ctx.model.features(ctx.params, x).flatten(1).double())
     width = float(usual.quantile(0.5)) or 1.0
-    features = torch.stack([ctx.model.features(ctx.params + row, x).flatten(1).double() for row in updates])
+    said = torch.stack([ctx.model.features(ctx.params + row, x).flatten(1).double() for row in updates])
     count = max(1, math.ceil(neighbours * (n - 1) - 1e-9))  # each names so many, so it is also how often one is named on average
     if n == 1:
         return Verdict(updates[0].clone(), trust=torch.ones(1))
-    named = votes(discrepancies(features, width), count).double()
+    named = votes(discrepancies(said, width), count).double()
     weights = torch.exp((named - named.max()) / (temperature * count))
     return Verdict(blocks.combine(weights / weights.sum(), updates), trust=weights.float())

@@ -9,26 +9,44 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from fedtrust.fits import RunFacts
+from fedtrust.layout import Layout
+from fedtrust.models.architecture import Architecture
 from fedtrust.models.entrance import Dense, denses, entrance, head
 from fedtrust.sending import SendContext, sender
 
 Victims = Annotated[int, Field(ge=1)]
 
 
-def planted(ctx: SendContext) -> tuple[Dense, Dense]:
+def planted(model: Architecture, layout: Layout) -> tuple[Dense, Dense]:
     """Return the layer that measures and the linear layer after it.
 
     Raises:
         ValueError: the model does not begin with a linear layer, a ReLU and a further linear layer.
     """
-    first, all_dense = entrance(ctx.model, ctx.layout), denses(ctx.model, ctx.layout)
-    names = list(ctx.model.leaves)
-    if first is None or len(all_dense) < 2 or not isinstance(ctx.model.leaves[names[names.index(first.name) + 1]], nn.ReLU):
-        raise ValueError("robbing-the-fed needs a model that begins with linear, ReLU, linear (mlp with relu, or imprint)")
+    first, all_dense = entrance(model, layout), denses(model, layout)
+    names = list(model.leaves)
+    if first is None or len(all_dense) < 2 or not isinstance(model.leaves[names[names.index(first.name) + 1]], nn.ReLU):
+        raise ValueError("needs a model that begins with linear, ReLU, linear (mlp with relu, or imprint)")
     second = all_dense[1]
     if second.shape[1] != first.shape[0]:
-        raise ValueError("robbing-the-fed needs the second linear layer right behind the first")
+        raise ValueError("needs a model whose second linear layer comes right behind the first (mlp with relu, or imprint)")
     return first, second
+
+
+def _measurable(facts: RunFacts) -> str | None:
+    try:
+        planted(facts.model, facts.layout)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _fishable(facts: RunFacts) -> str | None:
+    last, target = head(facts.model, facts.layout), facts.params["target"]
+    if last is None or last.shape[0] != facts.task.classes:
+        return "needs a model that ends with one linear layer with a bias"
+    return f"`target` is {target}, but the classes are 0 to {facts.task.classes - 1}" if target >= facts.task.classes else None
 
 
 def edges_of(measured: Tensor, bins: int, how: str) -> Tensor:
@@ -48,7 +66,7 @@ def edges_of(measured: Tensor, bins: int, how: str) -> Tensor:
     return torch.cat([torch.minimum(inner[:1], values.min()) - 20 * deviation, inner])
 
 
-@sender("robbing-the-fed", paper="Fowl et al. (Robbing the Fed), ICLR 2022, section 3", population=True)
+@sender("robbing-the-fed", paper="Fowl et al. (Robbing the Fed), ICLR 2022, section 3", population=True, fits=_measurable)
 def robbing_the_fed(
     params: Tensor,
     ctx: SendContext,
@@ -77,7 +95,7 @@ def robbing_the_fed(
     Raises:
         ValueError: the model does not begin with linear, ReLU, linear.
     """
-    first, second = planted(ctx)
+    first, second = planted(ctx.model, ctx.layout)
     if ctx.population is None:
         raise ValueError("robbing-the-fed needs samples of the server's own")
     units, size = first.shape
@@ -92,7 +110,12 @@ def robbing_the_fed(
     return dict.fromkeys(ctx.clients[:victims], planted_model)
 
 
-@sender("fishing", paper="Wen et al. (Fishing for User Data in Large-Batch Federated Learning), ICML 2022, section 3.2 (class fishing)")
+@sender(
+    "fishing",
+    task="classification",
+    fits=_fishable,
+    paper="Wen et al. (Fishing for User Data in Large-Batch Federated Learning), ICML 2022, section 3.2 (class fishing)",
+)
 def fishing(
     params: Tensor,
     ctx: SendContext,
@@ -119,13 +142,11 @@ def fishing(
         Victim → model [d]; the others get the true one.
 
     Raises:
-        ValueError: there is no such class, or the model has no linear layer with a bias at its end.
+        ValueError: the model has no linear layer with a bias at its end.
     """
     last = head(ctx.model, ctx.layout)
-    if last is None or last.shape[0] != ctx.task.classes or ctx.task.kind != "classification":
-        raise ValueError("fishing needs a classifier that ends with one linear layer with a bias")
-    if target >= ctx.task.classes:
-        raise ValueError(f"`target` is {target}, but the classes are 0 to {ctx.task.classes - 1}")
+    if last is None:
+        raise ValueError("fishing needs a model that ends with one linear layer with a bias")
     bait = params.clone()
     rows, biases = last.of(bait)
     kept = rows[target].clone()

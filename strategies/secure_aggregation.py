@@ -11,7 +11,9 @@ from pydantic import Field
 from torch import Tensor
 
 from fedtrust.errors import TooFewError
+from fedtrust.fits import RunFacts
 from fedtrust.privacy import secure_sum
+from fedtrust.privacy.build import DROWNS
 from fedtrust.privacy.distributed import DiscreteGaussianSum, epsilon_of_rho
 from fedtrust.privacy.secure_sum import Integers, Masks, Quantiser
 from fedtrust.registry import REGISTRY
@@ -109,6 +111,39 @@ def _noise_needs(facts: PipelineFacts) -> str | None:
     return hidden_rows(facts, "distributed-discrete-gaussian", "equal")
 
 
+def _planned(params: Mapping[str, Any], size: int, asked: int) -> DiscreteGaussianSum:
+    return DiscreteGaussianSum(size, asked, params["clip"], params["noise_multiplier"], params["bits"], params["beta"], SPREAD)
+
+
+def _noise_fits(facts: RunFacts) -> str | None:
+    try:
+        _planned(facts.params, facts.layout.size, facts.per_round)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _promise(facts: RunFacts, assumed: int) -> list[str]:
+    """Return what the noise will have given in the end to a client that is asked in each round, and what it costs; a line each."""
+    params, n, size = facts.params, facts.per_round, facts.layout.size
+    rho = _planned(params, size, n).rho(n - assumed) * facts.rounds
+    burden = params["noise_multiplier"] * math.sqrt(size) / n
+    std = params["noise_multiplier"] * params["clip"] / n
+    lines = [
+        f"privacy: distributed-discrete-gaussian, {n} clients' noise together σ = {params['noise_multiplier']:.4g}"
+        f"{f', of which {assumed} are not counted on' if assumed else ''}; ε = {epsilon_of_rho(rho, params['delta']):.4g} at "
+        f"δ = {params['delta']:g} for a client asked in each of {facts.rounds} rounds if all reply (zero-out-one)",
+        f"privacy: noise on the mean has std {std:.3g} a coordinate at clip {params['clip']:.3g}; "
+        f"over {size:,} parameters it is {burden:.3g} times as long as the longest update",
+    ]
+    if burden > DROWNS:
+        lines.append(
+            f"warning: {n} clients a round cannot pay for this noise: about {math.ceil(n * burden / DROWNS):,} would bring it down to "
+            f"{DROWNS:g} times the longest update; so would a smaller model or less noise"
+        )
+    return lines
+
+
 def _guarantee(params: Mapping[str, Any], state: Mapping[str, Tensor], size: int) -> dict[str, Any] | None:
     """Return what the noise has given so far to the client that took part most often."""
     if "spent" not in state:
@@ -137,7 +172,9 @@ def _guarantee(params: Mapping[str, Any], state: Mapping[str, Tensor], size: int
 @server_filter(
     "distributed-discrete-gaussian",
     needs=_noise_needs,
+    fits=_noise_fits,
     guarantee=_guarantee,
+    promise=_promise,
     rows=one_row,
     hides=True,
     paper="Kairouz, Liu and Steinke, ICML 2021, algorithms 1 and 2, theorem 1; the sampler: Canonne, Kamath and Steinke, NeurIPS 2020",

@@ -164,7 +164,7 @@ ROWS: dict[str, Row] = {
     "aggregator/flame": strategy(aggregator="flame", assumed_malicious=2),
     "aggregator/deepsight": strategy(aggregator="deepsight"),
     "aggregator/rlr": strategy(aggregator="rlr", assumed_malicious=2),
-    "aggregator/flare": strategy(aggregator="flare", root_samples=20),
+    "aggregator/flare": Row({"model": "mlp", "strategy": {"aggregator": "flare", "root_samples": 20}, **NOISY}, {"model": "mlp", **NOISY}),
     "aggregator/rflbat": strategy(aggregator="rflbat"),
     "aggregator/flanders": strategy(aggregator="flanders", assumed_malicious=2),
     "aggregator/lasa": strategy(aggregator="lasa"),

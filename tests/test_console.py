@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from fedtrust import console
+from fedtrust import cli_run, console
 from fedtrust.console import PlainListener, RichListener, Tracker
 from fedtrust.listener import OneAtATime, SilentListener
 
@@ -130,3 +130,20 @@ def test_a_listener_is_called_by_one_thread_at_a_time() -> None:
     for caller in callers:
         caller.join()
     assert (slow.most, slow.calls) == (1, 9)
+
+
+def test_the_result_shows_as_shares_what_the_report_does() -> None:
+    """An area, a likeness and a decibel are no shares, though two of them lie between 0 and 1."""
+    metrics = {"accuracy": 0.5, "lira/auc": 0.72, "lira/tpr-at-1pct": 0.1, "gan-attack/likeness": 0.9, "dlg/exact": 1.0, "loss": 0.25}
+    screen = Console(width=80, color_system=None)
+    with screen.capture() as capture:
+        cli_run.show(screen, {"kind": "run", "title": "t", "status": "finished", "metrics": metrics, "strategy": "mean", "attack": "none"})
+    rows = dict(line.split(maxsplit=1) for line in capture.get().splitlines() if line.split()[:1] and line.split()[0] in metrics)
+    assert {key: value.strip() for key, value in rows.items()} == {
+        "accuracy": "50.0 %",
+        "lira/auc": "0.72",
+        "lira/tpr-at-1pct": "10.0 %",
+        "gan-attack/likeness": "0.9",
+        "dlg/exact": "100.0 %",
+        "loss": "0.25",
+    }

@@ -14,7 +14,7 @@ from fedtrust.errors import InputError
 from fedtrust.listener import SilentListener
 from fedtrust.report import write
 from fedtrust.runner import resume, run
-from fedtrust.scenario import Scenario
+from fedtrust.scenario import Scenario, check
 
 Small = Callable[..., Scenario]
 
@@ -75,16 +75,21 @@ def test_the_summary_holds_claims_and_breaking_points(small: Small, out: Path) -
     assert json.loads((out / "summary.json").read_text())["claims"] == summary["claims"]
 
 
-def test_an_interrupted_matrix_with_refused_cells_goes_on(small: Small, out: Path) -> None:
+@pytest.mark.parametrize("more", [False, True])
+def test_an_interrupted_matrix_with_refused_cells_goes_on(more: bool, small: Small, out: Path) -> None:
+    """With `more`, a cell that its model refuses too."""
+
     class Stop(SilentListener):
         def cell_done(self, name: str, summary: Any) -> None:
             raise KeyboardInterrupt
 
-    assert run(small(**SWEEP), out, engine="local", cells=1, listener=Stop()).status == "interrupted"
+    strategies = {"mean": {}, "krum": {"aggregator": "krum"}} | ({"votes": {"behaviour": "dpa"}} if more else {})
+    sweep = {**SWEEP["sweep"], "strategies": strategies}
+    assert run(small(sweep=sweep), out, engine="local", cells=1, listener=Stop()).status == "interrupted"
     result = resume(out, engine="local")
     assert result.status == "finished"
-    assert [row["status"] for row in result.summary["cells"]].count("refused") == 1
-    assert len(result.summary["cells"]) == 6
+    assert [row["status"] for row in result.summary["cells"]].count("refused") == (4 if more else 1)
+    assert len(result.summary["cells"]) == (9 if more else 6)
 
 
 def test_a_matrix_without_the_word_is_refused_as_a_whole(small: Small, out: Path) -> None:
@@ -134,3 +139,52 @@ def test_a_refused_cell_is_hatched_with_its_reason_and_no_alarm(small: Small, ou
     assert "<small>refused</small>" in text
     assert 'class="alert"' not in text
     assert "did not finish" not in text
+
+
+#: On a logistic model: an attack that needs hidden layers, a repair that needs them, and honest software that needs an ensemble.
+UNFIT: dict[str, Any] = {
+    "sweep": {
+        "attackers": {"none": [], "chameleon": [{"behaviour": "chameleon", "count": 2}]},
+        "strategies": {"mean": {}, "pruned": {"repairs": ["fine-pruning"], "root_samples": 20}, "votes": {"behaviour": "dpa"}},
+        "infeasible": "skip",
+    },
+}
+
+
+def test_what_does_not_go_with_the_model_is_a_refused_cell(small: Small, out: Path) -> None:
+    scenario = small(**UNFIT)
+    facts = check(scenario)
+    assert [fact for fact in facts if fact.startswith("5 of its runs will be refused; the first, none__pruned__dirichlet__seed3:")]
+    result = run(scenario, out, engine="local")
+    assert result.status == "finished"
+    why = {(row["attackers"], row["strategies"]): row["why"] for row in result.summary["cells"]}
+    assert why["none", "mean"] == ""
+    assert "'chameleon' cannot work here: the model has no layer before its last" in why["chameleon", "mean"]
+    assert why["none", "pruned"] == "'fine-pruning' cannot work here: the model has no hidden layer to prune"
+    assert why["none", "votes"] == "'dpa' cannot work here: needs the model 'ensemble' with at least two members"
+    assert [row["status"] for row in result.summary["cells"]].count("refused") == 5
+
+
+def test_shares_of_an_unfit_attack_are_all_refused(small: Small, out: Path) -> None:
+    sweep = {"attackers": {"none": [], "chameleon": [{"behaviour": "chameleon"}]}, "shares": [0.25, 0.5], "infeasible": "skip"}
+    cells = run(small(sweep=sweep), out, engine="local").summary["cells"]
+    assert [(row["attackers"], row["status"]) for row in cells] == [
+        ("none", "finished"),
+        ("chameleon, 25 %", "refused"),
+        ("chameleon, 50 %", "refused"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "where"),
+    [
+        ({"infeasible": "refuse"}, r"sweep\.attackers\.chameleon\[0\]\.behaviour: 'chameleon' cannot work here"),
+        (
+            {"strategies": {"pruned": {"repairs": ["fine-pruning"], "root_samples": 20}}},
+            "sweep: every cell would be refused; the last because",
+        ),
+    ],
+)
+def test_an_unfit_matrix_is_refused_where_cells_are_not_skipped_or_none_is_left(small: Small, changes: dict[str, Any], where: str) -> None:
+    with pytest.raises(InputError, match=where):
+        check(small(sweep={**UNFIT["sweep"], **changes}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import tomllib
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from fedtrust.errors import InputError, RunError
 from fedtrust.observers import observer_cards
 from fedtrust.probes.base import ProbeContext, Result, probe
 from fedtrust.registry import REGISTRY
-from fedtrust.release import AnswerContext, Form, Metered, QueryBudgetError, Release, log_probabilities
+from fedtrust.release import AnswerContext, Form, Metered, QueryBudgetError, Release, answer, log_probabilities
 from fedtrust.runner import run
 from fedtrust.scenario import Scenario, check, parse
 from tests.conftest import SMALL, merged
@@ -73,6 +74,17 @@ def test_every_sample_counts_and_beyond_the_budget_nothing_is_answered() -> None
     assert free.asked == 1000
 
 
+def test_nobody_turns_the_counter_back() -> None:
+    ask = Metered(lambda x: x, 5)
+    ask(torch.zeros(4, 1))
+    for name in ("asked", "_asked", "_answer", "_budget", "budget"):
+        with pytest.raises(AttributeError, match="cannot be changed"):
+            setattr(ask, name, 0)
+    assert ask.asked == 4
+    with pytest.raises(QueryBudgetError):
+        ask(torch.zeros(2, 1))
+
+
 def test_what_a_user_takes_for_log_probabilities() -> None:
     wanted = OUTPUT.log_softmax(1)
     torch.testing.assert_close(log_probabilities(OUTPUT, "logits"), wanted)
@@ -119,6 +131,33 @@ def test_a_user_is_answered_in_that_form_and_a_teacher_sees_both(small: Small, o
     torch.testing.assert_close(teacher.released(x), wanted)
     with pytest.raises(QueryBudgetError):
         user.query(teacher.test[0][:9])
+
+
+def test_equal_queries_get_noise_of_their_own_and_a_second_run_the_same(
+    small: Small, tmp_path: Path, looks: list[ProbeContext], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An output defence draws anew for each query, each user and each round; a run that is played again draws the same."""
+
+    def shaken(probabilities: Tensor, x: Tensor, ctx: AnswerContext) -> Tensor:
+        return probabilities + torch.rand(probabilities.shape, generator=ctx.rng)
+
+    told: list[Tensor] = []
+
+    def ask(ctx: ProbeContext) -> Result:
+        told.extend(ctx.query(torch.zeros(3, *ctx.task.shape)) for _ in range(2))
+        return {}
+
+    answer("shaken")(shaken)
+    probe("ask", role="user")(ask)
+    probe("ask-too", role="user")(ask)
+    spec: dict[str, Any] = {"release": {"answers": "probabilities", "defences": ["shaken"]}, "probes": ["ask", "ask-too", "accuracy"]}
+    for number in range(2):
+        run(small(**spec), tmp_path / str(number), engine="local")
+    first, second = told[: len(told) // 2], told[len(told) // 2 :]
+    assert len(first) == 3 * 2 * 2  # rounds 0 to 2, two users, two queries
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    noise = [rows - rows.mean(1, keepdim=True) for rows in first]
+    assert all((a - b).abs().max() > 0.05 for a, b in itertools.combinations(noise, 2))
 
 
 def test_a_user_who_asks_too_much_fails_by_name(small: Small, out: Path, looks: list[ProbeContext]) -> None:

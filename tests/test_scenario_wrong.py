@@ -40,6 +40,33 @@ aggregator = "median"
 
 MANY = f"[sweep]\nseeds = {list(range(101))}\n[sweep.strategies]\n" + "".join(f"s{i} = 'mean'\n" for i in range(100))
 
+FISHING = "[malicious_server]\nsender = 'fishing'\n"
+
+# probes that cannot find what they look for, and what the one line has to say
+PROBES: list[tuple[str, list[str]]] = [
+    ("[[probes]]\nname = 'r-gap'", ["s.toml:21", "probes[0]", "'r-gap' cannot work here", "lenet"]),
+    ("[[probes]]\nname = 'robbing-the-fed-readout'", ["probes[0]", "nobody did", 'sender = "robbing-the-fed"']),
+    ("[[probes]]\nname = 'fishing-readout'\ntarget = 1", ["probes[0]", 'sender = "fishing"']),
+    (
+        FISHING + "params = { target = 2 }\n[[probes]]\nname = 'fishing-readout'\ntarget = 1",
+        ["probes[0]", "looks for class 1", "fishes for class 2"],
+    ),
+    (
+        FISHING + "rounds = [2, 3]\nparams = { target = 1 }\n[[probes]]\nname = 'fishing-readout'\ntarget = 1",
+        ["probes[0]", "acts in round 1", "rounds 2 to 3"],
+    ),
+    ("[[probes]]\nname = 'property-inference'", ["probes[0]", "'thick'", "data.feature_skew"]),
+    ("[[probes]]\nname = 'knockoff'\nqueries = [181]", ["probes[0]", "181 samples of its own", "has 180"]),
+    ("[release]\nqueries = 20\n[[probes]]\nname = 'knockoff'", ["probes[0]", "100 queries", "may ask 20"]),
+    ("[release]\nqueries = 20\n[[probes]]\nname = 'equation-solving'", ["probes[0]", "65 queries", "may ask 20"]),
+    ("[[probes]]\nname = 'jacobian-augmentation'\nseeds = 181\nqueries = 400", ["probes[0]", "181 samples of its own", "has 180"]),
+    ("[[probes]]\nname = 'jacobian-augmentation'\nseeds = 30\nqueries = 20", ["probes[0]", "begins with 30", "about 20 at most"]),
+    ("[release]\nqueries = 300\n[[probes]]\nname = 'loss-threshold'", ["probes[0]", "asks about 358 samples", "may ask 300"]),
+    ("[release]\nqueries = 400\n[[probes]]\nname = 'lira'", ["probes[0]", "asks about 538 samples", "may ask 400"]),
+    ("[release]\nqueries = 400\n[[probes]]\nname = 'rmia'", ["probes[0]", "asks about 538 samples", "may ask 400"]),
+    ("[[probes]]\nname = 'dpa-certificate'", ["probes[0]", "no votes", "'ensemble'"]),
+]
+
 # what is replaced in GOOD, by what, and what the one line has to say
 EDITS: list[tuple[str, str, list[str]]] = [
     # the file as TOML
@@ -136,6 +163,18 @@ EDITS: list[tuple[str, str, list[str]]] = [
     ("alpha = 0.5", "min_samples = 60", ["data.partition", "10 clients", "240"]),
     ('partition = { kind = "dirichlet", alpha = 0.5 }', "model = 3", ["s.toml:7", "data.model", "unknown key 'model'"]),
     ('{ name = "digits", limit = 240 }', '"diabetes"\n#', ["attackers[0]", "regression"]),
+    # what does not go with the model, the sender or the data
+    (
+        '"label-flip"\nshare = 0.2\nparams = { mode = "mirror" }',
+        '"chameleon"\nshare = 0.2',
+        ["s.toml:17", "attackers[0].behaviour", "no encoder"],
+    ),
+    ('"median"', '"flare"\nroot_samples = 20', ["strategy.aggregator", "'flare' cannot work here", "no layer before its last"]),
+    ("count = 10", "count = 10\nbehaviour = 'dpa'", ["s.toml:14", "clients.behaviour", "'ensemble' with at least two members"]),
+    ("[strategy]", "[malicious_server]\nsender = 'robbing-the-fed'\n[strategy]", ["malicious_server.sender", "linear, ReLU, linear"]),
+    ("[strategy]", "[malicious_server]\nsender = 'fishing'\nparams = { target = 10 }\n[strategy]", ["malicious_server.sender", "0 to 9"]),
+    *(("[strategy]", f"{before}\n[strategy]", wanted) for before, wanted in PROBES),
+    ('"sgd", lr = 0.1, momentum = 0.9 }', '"adam" }\n[[probes]]\nname = "dlg"', ["probes[0]", "clients.train.optimiser is 'adam'"]),
     # data
     ("[model]", 'root = "../elsewhere"\n[model]', ["data.root", "takes no root"]),
     ('{ name = "digits", limit = 240 }', '"mnist"\nroot = "../elsewhere"', ["s.toml:7", "data.root", "leaves the scenario's folder"]),

@@ -27,6 +27,7 @@ from fedtrust.privacy.mechanisms import BandedMechanism, Mechanism
 from fedtrust.privacy.server import PrivateStrategy
 from fedtrust.server import Stage
 from fedtrust.setup import Setup
+from fedtrust.strategy import FedTrustStrategy
 
 #: σ and the number of releases of the two settings of our own: the distance of a canary is 2 and 1 standard deviations of the noise.
 SHARP, LONG = (0.5, 1), (2.0, 4)
@@ -96,6 +97,12 @@ def audit(setup: Setup, trials: int, confidence: float, seed: int, told: Callabl
         InputError: nothing claims an ε.
     """
     subjects = list(_subjects(setup, trials // 2, seed))
+    noised = [stage.name for stage in setup.strategy.noised] if isinstance(setup.strategy, FedTrustStrategy) else []
+    if not subjects and noised:
+        raise InputError(
+            f"cannot be audited: the ε of '{noised[0]}' is an upper bound by concentrated privacy for whole-number noise in a group, and "
+            "the trials here play noise on real numbers; its sampler and its bound have tests of their own"
+        )
     if not subjects:
         raise InputError(
             "claims no ε, so there is nothing to audit: it has neither [privacy] nor clients that protect themselves (dp-sgd, local-dp)"

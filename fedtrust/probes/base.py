@@ -158,7 +158,7 @@ def probe(name: str, *, role: Role = "teacher", when: When = "round", paper: str
             `ctx.updates`, which are gathered only for a probe that looks at them (a curious server always does). `asks="membership"`
             grants `ctx.candidates`, `population=True` grants `ctx.population`, `architecture=True` grants a user `ctx.model`: simulated
             knowledge, which stands in the threat card. `once=True` says that it acts in one round and is silent in the others: what it
-            found then stands in the summary.
+            found then stands in the summary; the name of its guess in place of `True`, where that is not the probe's.
     """
     return register("probe", name, role=role, when=when, paper=paper, **meta)
 

@@ -8,6 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from fedtrust.fits import RunFacts
 from fedtrust.probes.base import Artefact, ProbeContext, Result, need, probe, share
 
 _RADII = [0, 1, 2]
@@ -28,7 +29,17 @@ def certified_radius(votes: Tensor) -> Tensor:
     return (votes.gather(1, winner).squeeze(1) - best).div(2, rounding_mode="floor")
 
 
-@probe("dpa-certificate", when="end", task="classification", paper="Levine and Feizi, ICLR 2021, theorem 1; Cao et al., IEEE TIFS 2022")
+def _no_votes(facts: RunFacts) -> str | None:
+    return None if facts.layout.names[0].startswith("members.") else "the model's outputs are no votes; it is for the model 'ensemble'"
+
+
+@probe(
+    "dpa-certificate",
+    when="end",
+    task="classification",
+    fits=_no_votes,
+    paper="Levine and Feizi, ICLR 2021, theorem 1; Cao et al., IEEE TIFS 2022",
+)
 def dpa_certificate(ctx: ProbeContext, *, radii: list[Annotated[int, Field(ge=0)]] = _RADII) -> Result:
     """Certified accuracy of an ensemble: the share of test samples that it gets right whatever any r clients of the federation send.
 

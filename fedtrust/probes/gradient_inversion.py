@@ -12,10 +12,11 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
+from fedtrust.fits import first
 from fedtrust.probes.base import ProbeContext, Result, need, probe
 from fedtrust.probes.guesses import Reconstruction, Reconstructions
-from fedtrust.probes.inversion_labels import labels_of
-from fedtrust.probes.inversion_update import Seen, acts, as_one, box_of, imitated, seen, start_images, target
+from fedtrust.probes.inversion_labels import labels_of, unlabelled
+from fedtrust.probes.inversion_update import Seen, acts, as_one, box_of, imitated, seen, start_images, target, undone
 
 Count = Annotated[int, Field(ge=1, le=100_000)]
 Positive = Annotated[float, Field(gt=0)]
@@ -166,6 +167,7 @@ def total_variation(x: Tensor) -> Tensor:
     role="curious-server",
     task="classification",
     once=True,
+    fits=undone,
     paper="Zhu, Liu and Han (Deep Leakage from Gradients), NeurIPS 2019, algorithm 1",
 )
 def dlg(
@@ -200,7 +202,14 @@ def dlg(
     return _guessed("dlg", found)
 
 
-@probe("idlg", role="curious-server", task="classification", once=True, paper="Zhao, Mopuri and Bilen (iDLG), arXiv 2001.02610, section 3")
+@probe(
+    "idlg",
+    role="curious-server",
+    task="classification",
+    once=True,
+    fits=first(unlabelled, undone),
+    paper="Zhao, Mopuri and Bilen (iDLG), arXiv 2001.02610, section 3",
+)
 def idlg(
     ctx: ProbeContext,
     *,
@@ -238,6 +247,7 @@ def idlg(
     role="curious-server",
     task="classification",
     once=True,
+    fits=first(unlabelled, undone),
     paper="Geiping et al. (Inverting Gradients), NeurIPS 2020, sections 4 to 6",
 )
 def inverting_gradients(

@@ -9,12 +9,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from fedtrust.fits import Fits, RunFacts, first
 from fedtrust.models.entrance import Dense, entrance, head
 from fedtrust.probes.base import ProbeContext, Result, need, probe
 from fedtrust.probes.gradient_inversion import by_signed_adam
 from fedtrust.probes.guesses import Reconstruction, Reconstructions
-from fedtrust.probes.inversion_labels import bias_gradient, labels_of
-from fedtrust.probes.inversion_update import acts, mean_gradient, seen
+from fedtrust.probes.inversion_labels import bias_gradient, labels_of, unlabelled
+from fedtrust.probes.inversion_update import acts, mean_gradient, seen, undone
 
 Count = Annotated[int, Field(ge=1, le=100_000)]
 
@@ -76,13 +77,58 @@ def neighbours(weight: Tensor, bias: Tensor, order: Tensor) -> Tensor:
     return (w[full] / b[full, None]).float()
 
 
+_BEGINS_OTHERWISE = "reads samples off a linear layer with a bias that comes first (logistic, mlp, imprint); this model begins otherwise"
+#: Rows of a planted first layer differ by less than this share of their length; silenced rows are shorter than this beside the target's.
+_SAME = 0.1
+
+
 def _entrance(ctx: ProbeContext) -> Dense:
     layer = entrance(need(ctx.model, "the model"), need(ctx.layout, "the layout"))
     if layer is None:
-        raise ValueError(
-            "reads samples off a linear layer with a bias that comes first (logistic, mlp, imprint); this model begins otherwise"
-        )
+        raise ValueError(_BEGINS_OTHERWISE)
     return layer
+
+
+def _no_entrance(facts: RunFacts) -> str | None:
+    return _BEGINS_OTHERWISE if entrance(facts.model, facts.layout) is None else None
+
+
+def _unlabelled_classes(facts: RunFacts) -> str | None:
+    return unlabelled(facts) if facts.task.kind == "classification" else None
+
+
+def _set_by(sender: str) -> Fits:
+    """Return a `fits` of a probe that reads what a malicious server planted; a plugin's sender may plant the same."""
+
+    def asked(facts: RunFacts) -> str | None:
+        if facts.sender != sender and ":" not in facts.sender:
+            return f"reads what the sender '{sender}' planted, and nobody did; set [malicious_server] sender = \"{sender}\""
+        number, (begin, end) = facts.params["at_round"], facts.sends
+        if not begin <= number <= end:
+            return f"acts in round {number} (at_round), but the malicious server in rounds {begin} to {end} only"
+        return None
+
+    return asked
+
+
+def _fished(facts: RunFacts) -> str | None:
+    target, theirs = facts.params["target"], (facts.sender_params or {}).get("target")
+    if target >= facts.task.classes:
+        return f"`target` is {target}, but the classes are 0 to {facts.task.classes - 1}"
+    return f"looks for class {target}, but the sender fishes for class {theirs}" if theirs not in (None, target) else None
+
+
+def measures(weight: Tensor) -> bool:
+    """Return whether all rows of a first layer's weight [k, p] measure the same, as `robbing-the-fed` makes them."""
+    middle = weight.mean(0)
+    return bool(((weight - middle).norm(dim=1) <= _SAME * middle.norm()).all())
+
+
+def silenced(weight: Tensor, target: int) -> bool:
+    """Return whether the last layer's weight [C, p] is silent for every class but the target, as `fishing` makes it."""
+    lengths = weight.norm(dim=1)
+    others = torch.cat([lengths[:target], lengths[target + 1 :]])
+    return bool((others <= _SAME * lengths[target]).all())
 
 
 def _shaped(ctx: ProbeContext, flat: Tensor) -> Tensor:
@@ -93,6 +139,7 @@ def _shaped(ctx: ProbeContext, flat: Tensor) -> Tensor:
     "analytic-inversion",
     role="curious-server",
     once=True,
+    fits=first(_no_entrance, _unlabelled_classes, undone),
     paper="Geiping et al., NeurIPS 2020, proposition 3.1; Phong et al., IEEE TIFS 2018, section 3; batches: Boenisch et al., EuroS&P 2023, "
     "section 4",
 )
@@ -123,11 +170,18 @@ def analytic_inversion(
     return {"analytic-inversion": Reconstructions(tuple(items))} if items else {}
 
 
-@probe("robbing-the-fed-readout", role="curious-server", once=True, paper="Fowl et al. (Robbing the Fed), ICLR 2022, section 3.2")
+@probe(
+    "robbing-the-fed-readout",
+    role="curious-server",
+    once="robbing-the-fed",
+    fits=first(_set_by("robbing-the-fed"), _no_entrance, undone),
+    paper="Fowl et al. (Robbing the Fed), ICLR 2022, section 3.2",
+)
 def robbing_the_fed_readout(ctx: ProbeContext, *, at_round: Count = 1, clients: Count = 4) -> Result:
     """Reads the samples out of the bins that the sender `robbing-the-fed` planted: differences of neighbouring units.
 
     Every sample alone in its bin comes out exactly, whatever the size of the batch; of one step (a batch as large as the client's data).
+    Of a client that was sent the true model (see the sender's `victims`) nothing is read, and nothing claimed.
 
     Args:
         ctx: what a curious server knows.
@@ -138,7 +192,10 @@ def robbing_the_fed_readout(ctx: ProbeContext, *, at_round: Count = 1, clients: 
         return {}
     layer, items = _entrance(ctx), []
     for one in seen(ctx, clients):
-        edges = -layer.of(one.start)[1]
+        rows, biases = layer.of(one.start)
+        if not measures(rows):
+            continue
+        edges = -biases
         weight, bias = layer.of(mean_gradient(one, need(ctx.recipe, "the recipe")))
         items.append(Reconstruction(one.client, _shaped(ctx, neighbours(weight, bias, edges.argsort(stable=True)))))
     return {"robbing-the-fed": Reconstructions(tuple(items))} if items else {}
@@ -148,7 +205,8 @@ def robbing_the_fed_readout(ctx: ProbeContext, *, at_round: Count = 1, clients: 
     "fishing-readout",
     role="curious-server",
     task="classification",
-    once=True,
+    once="fishing",
+    fits=first(_set_by("fishing"), _fished, unlabelled, undone),
     paper="Wen et al. (Fishing for User Data), ICML 2022, section 3.2",
 )
 def fishing_readout(
@@ -166,7 +224,8 @@ def fishing_readout(
     """Inverts what the sender `fishing` left of a large batch: the gradient of the samples of one class.
 
     How many they are stands in the gradient of the class' own bias. They are read off in closed form where the model begins with a linear
-    layer, and looked for by Inverting Gradients in all layers but the last otherwise.
+    layer, and looked for by Inverting Gradients in all layers but the last otherwise. Clients that were sent the true model are
+    passed over.
 
     Args:
         ctx: what a curious server knows.
@@ -181,22 +240,22 @@ def fishing_readout(
     """
     if not acts(ctx, at_round):
         return {}
-    if target >= ctx.task.classes:
-        raise ValueError(f"`target` is {target}, but the classes are 0 to {ctx.task.classes - 1}")
     layout, model = need(ctx.layout, "the layout"), need(ctx.model, "the model")
-    first, last = entrance(model, layout), head(model, layout)
+    begin, last = entrance(model, layout), head(model, layout)
     items, caught = [], 0
     for one in seen(ctx, clients):
+        if last is None or not silenced(last.of(one.start)[0], target):
+            continue
         count = int((-one.samples * bias_gradient(ctx, one)[target]).round())
-        if last is None or count < 1:
+        if count < 1:
             continue
         caught += count
         fished = dataclasses.replace(one, samples=min(count, samples))
         y = torch.full((fished.samples,), target)
         gradient = mean_gradient(one, need(ctx.recipe, "the recipe"))
-        if first is not None:
-            rows = slice(target, target + 1) if first.name == last.name else slice(None)
-            weight, bias = (part[rows] for part in first.of(gradient))
+        if begin is not None:
+            rows = slice(target, target + 1) if begin.name == last.name else slice(None)
+            weight, bias = (part[rows] for part in begin.of(gradient))
             x = _shaped(ctx, single(weight, bias)[None] if count == 1 else several(weight, bias, len(y)))
         else:
             mask = torch.ones(layout.size, dtype=torch.bool)

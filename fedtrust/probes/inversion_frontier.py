@@ -9,10 +9,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from fedtrust.fits import first
 from fedtrust.probes.base import Artefact, ProbeContext, Result, need, probe
 from fedtrust.probes.gradient_inversion import by_lbfgs, by_signed_adam
-from fedtrust.probes.inversion_labels import labels_of
-from fedtrust.probes.inversion_update import Seen, acts, as_one, box_of, descent, imitated, weight
+from fedtrust.probes.inversion_labels import labels_of, unlabelled
+from fedtrust.probes.inversion_update import Seen, acts, as_one, box_of, descent, imitated, undone, weight
 from fedtrust.probes.scores_images import EXACT, assigned, ssim
 from fedtrust.sending import Recipe
 
@@ -53,6 +54,7 @@ class Condition(NamedTuple):
     task="classification",
     once=True,
     population=True,
+    fits=first(undone, lambda facts: None if facts.params["attack"] == "dlg" else unlabelled(facts)),
     paper="the conditions of Geiping et al., NeurIPS 2020, sections 5 and 6, and Zhu et al., NeurIPS 2019, section 5.1 (noise)",
 )
 def inversion_frontier(

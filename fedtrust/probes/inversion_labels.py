@@ -8,9 +8,24 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from fedtrust.fits import RunFacts, first
+from fedtrust.layout import Layout
+from fedtrust.models.architecture import Architecture
 from fedtrust.probes.base import ProbeContext, Result, need, probe
 from fedtrust.probes.guesses import LabelCounts
-from fedtrust.probes.inversion_update import Seen, acts, box_of, mean_gradient, seen, start_images
+from fedtrust.probes.inversion_update import Seen, acts, box_of, mean_gradient, seen, start_images, undone
+
+_NO_BIAS = "reads labels off the bias of one last linear layer, and the model has no such bias"
+
+
+def _bias(model: Architecture, layout: Layout) -> slice | None:
+    name = f"{model.heads[0]}.bias".lstrip(".") if len(model.heads) == 1 else ""
+    return layout.slices.get(name)
+
+
+def unlabelled(facts: RunFacts) -> str | None:
+    """Return why no label can be read off an update of this model."""
+    return _NO_BIAS if _bias(facts.model, facts.layout) is None else None
 
 
 def bias_gradient(ctx: ProbeContext, what: Seen) -> Tensor:
@@ -19,11 +34,10 @@ def bias_gradient(ctx: ProbeContext, what: Seen) -> Tensor:
     Raises:
         ValueError: the model has no single linear layer with a bias at its end.
     """
-    heads, layout = need(ctx.model, "the model").heads, need(ctx.layout, "the layout")
-    name = f"{heads[0]}.bias" if len(heads) == 1 else ""
-    if name not in layout.slices:
-        raise ValueError("reads labels off the bias of the last linear layer, but the model has no such bias")
-    return mean_gradient(what, need(ctx.recipe, "the recipe"))[layout.slices[name]]
+    where = _bias(need(ctx.model, "the model"), need(ctx.layout, "the layout"))
+    if where is None:
+        raise ValueError(_NO_BIAS)
+    return mean_gradient(what, need(ctx.recipe, "the recipe"))[where]
 
 
 def counted(shares: Tensor, n: int) -> Tensor:
@@ -72,6 +86,7 @@ def labels_of(ctx: ProbeContext, what: Seen, n: int) -> Tensor:
     role="curious-server",
     task="classification",
     once=True,
+    fits=first(unlabelled, undone),
     paper="Geng et al., arXiv 2110.09074, section 3.3 (zero-shot batch label restoration); one sample: Zhao et al. (iDLG), 2020",
 )
 def label_recovery(

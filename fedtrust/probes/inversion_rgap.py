@@ -10,12 +10,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_input
 
+from fedtrust.fits import RunFacts, first
+from fedtrust.models.architecture import Architecture
 from fedtrust.models.entrance import head
 from fedtrust.probes.base import ProbeContext, Result, need, probe
 from fedtrust.probes.guesses import Reconstruction, Reconstructions
 from fedtrust.probes.inversion_analytic import single
-from fedtrust.probes.inversion_labels import labels_of
-from fedtrust.probes.inversion_update import Seen, acts, mean_gradient, seen
+from fedtrust.probes.inversion_labels import labels_of, unlabelled
+from fedtrust.probes.inversion_update import Seen, acts, mean_gradient, seen, undone
 
 Count = Annotated[int, Field(ge=1, le=100_000)]
 
@@ -44,30 +46,46 @@ class Block(NamedTuple):
     def padding(self) -> tuple[int, int]:
         """Zeros around its input, in rows and columns."""
         if isinstance(self.layer.padding, str):
-            raise ValueError(f"r-gap reads convolutions with a padding in pixels, not '{self.layer.padding}'")
+            raise ValueError(f"reads convolutions with a padding in pixels, not '{self.layer.padding}'")
         return self.layer.padding[0], self.layer.padding[1]
 
 
-def blocks_of(ctx: ProbeContext) -> list[Block]:
+def blocks_of(model: Architecture, shape: tuple[int, ...]) -> list[Block]:
     """Return the convolutions of a network that can be inverted, in the order of the data.
 
+    Args:
+        model: the network.
+        shape: of a sample.
+
     Raises:
-        ValueError: the network is not made of convolutions with tanh or sigmoid and one linear layer with a bias.
+        ValueError: the network is not made of convolutions with tanh or sigmoid and one linear layer, or a layer is too wide.
     """
     found: list[Block] = []
-    layers = list(need(ctx.model, "the model").leaves.items())
-    shape = tuple(ctx.task.shape)
+    layers = list(model.leaves.items())
     body = [pair for pair in layers[:-1] if not isinstance(pair[1], nn.Flatten)]
-    pairs = list(zip(body[::2], body[1::2], strict=False))
-    fits = all(isinstance(conv, nn.Conv2d) and isinstance(smooth, nn.Tanh | nn.Sigmoid) for (_, conv), (_, smooth) in pairs)
-    if not body or len(body) % 2 or not fits or not isinstance(layers[-1][1], nn.Linear):
-        raise ValueError("r-gap inverts convolutions with tanh or sigmoid and one linear layer (lenet); this model is made otherwise")
-    for (name, conv), (_, smooth) in pairs:
+    otherwise = ValueError("inverts convolutions with tanh or sigmoid and one linear layer (lenet); this model is made otherwise")
+    if not body or len(body) % 2 or not isinstance(layers[-1][1], nn.Linear):
+        raise otherwise
+    for (name, conv), (_, smooth) in zip(body[::2], body[1::2], strict=True):
+        if not isinstance(conv, nn.Conv2d) or not isinstance(smooth, nn.Tanh | nn.Sigmoid):
+            raise otherwise
         with torch.no_grad():
             out = tuple(F.conv2d(torch.zeros(1, *shape), torch.zeros(conv.weight.shape), None, conv.stride, conv.padding)[0].shape)
         found.append(Block(name, conv, smooth, shape, out))  # type: ignore[arg-type]
         shape = out
+    widest = max(block.given[0] * block.given[1] * block.given[2] for block in found)
+    if widest > _LARGEST:
+        raise ValueError(f"would have to solve for {widest} unknowns at once, {_LARGEST} at most")
     return found
+
+
+def _made_otherwise(facts: RunFacts) -> str | None:
+    try:
+        for block in blocks_of(facts.model, facts.task.shape):
+            block.padding  # noqa: B018  # raises where it is a word
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def inverted(block: Block, weight: Tensor, bias: Tensor, gradient: Tensor, output: Tensor, upstream: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,12 +129,9 @@ def inverted(block: Block, weight: Tensor, bias: Tensor, gradient: Tensor, outpu
 def unrolled(ctx: ProbeContext, what: Seen) -> Tensor:
     """Return the one sample that gave an update [*shape]."""
     model, layout = need(ctx.model, "the model"), need(ctx.layout, "the layout")
-    blocks, last = blocks_of(ctx), head(model, layout)
+    blocks, last = blocks_of(model, ctx.task.shape), head(model, layout)
     if last is None:
-        raise ValueError("r-gap needs a last linear layer with a bias")
-    widest = max(block.given[0] * block.given[1] * block.given[2] for block in blocks)
-    if widest > _LARGEST:
-        raise ValueError(f"r-gap would have to solve for {widest} unknowns at once, {_LARGEST} at most")
+        raise ValueError("needs a last linear layer with a bias")
     gradient = mean_gradient(what, need(ctx.recipe, "the recipe"))
     weights, gradients = (layout.unflatten(flat.double()) for flat in (what.start, gradient))
     rows, biases = last.of(gradient)
@@ -129,7 +144,14 @@ def unrolled(ctx: ProbeContext, what: Seen) -> Tensor:
     return x.float()
 
 
-@probe("r-gap", role="curious-server", task="classification", once=True, paper="Zhu and Blaschko (R-GAP), ICLR 2021, section 3")
+@probe(
+    "r-gap",
+    role="curious-server",
+    task="classification",
+    once=True,
+    fits=first(_made_otherwise, unlabelled, undone),
+    paper="Zhu and Blaschko (R-GAP), ICLR 2021, section 3",
+)
 def r_gap(ctx: ProbeContext, *, at_round: Count = 1, clients: Count = 2) -> Result:
     """A sample in closed form from a convolutional network: recursively, each layer's input from its output and its gradients.
 

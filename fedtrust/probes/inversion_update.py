@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from fedtrust.engine.prepare import local_steps
+from fedtrust.fits import RunFacts
 from fedtrust.models.architecture import Architecture
 from fedtrust.models.optimisers import Sgd
 from fedtrust.probes.base import ProbeContext, need
@@ -104,6 +105,15 @@ def descent(recipe: Recipe) -> Sgd:
     if not isinstance(made, Sgd):
         raise ValueError(f"inverts updates of sgd, momentum and nesterov, but clients.train.optimiser is '{recipe.optimiser}'")
     return made
+
+
+def undone(facts: RunFacts) -> str | None:
+    """Return why no gradient can be read off the updates of these clients: their optimiser is none that `descent` knows."""
+    try:
+        descent(facts.recipe)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def weight(steps: int, optimiser: Sgd) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.func import vmap
 
+from fedtrust.fits import within_budget
 from fedtrust.probes.base import ProbeContext, Result, need, probe
 from fedtrust.probes.guesses import Membership
 from fedtrust.release import log_probabilities
@@ -35,7 +36,13 @@ def told(ctx: ProbeContext, x: Tensor) -> Tensor:
     return answer if ctx.answers == "logits" else log_probabilities(answer, ctx.answers)
 
 
-@probe("loss-threshold", role="user", asks="membership", paper="Yeom, Giacomelli, Fredrikson and Jha, CSF 2018, section 3 (adversary 2)")
+@probe(
+    "loss-threshold",
+    role="user",
+    asks="membership",
+    fits=within_budget(lambda facts: facts.candidates),
+    paper="Yeom, Giacomelli, Fredrikson and Jha, CSF 2018, section 3 (adversary 2)",
+)
 def loss_threshold(ctx: ProbeContext) -> Result:
     """Take samples with a small loss for members: a query a candidate and nothing else is needed.
 

@@ -30,6 +30,16 @@ class MembershipGame(NamedTuple):
     population: tuple[Tensor, Tensor]
 
 
+def own_samples(data: FederatedData) -> int:
+    """Return how many samples the population has: half of the test samples, rounded up."""
+    return len(data.x_test) - len(data.x_test) // 2
+
+
+def size_of(data: FederatedData, rows: int) -> int:
+    """Return how many candidates of a kind are drawn where honest clients have so many samples."""
+    return max(1, min(MOST, len(data.x_test) // 2, rows))
+
+
 def draw(data: FederatedData, honest: list[int], seed: int) -> MembershipGame:
     """Draw the game from a run's data: members from the honest clients' samples, the others from half of the test samples.
 
@@ -39,7 +49,7 @@ def draw(data: FederatedData, honest: list[int], seed: int) -> MembershipGame:
     rng = seeds.stream(seed, "membership")
     test = rng.permutation(len(data.x_test))
     rows = np.concatenate([data.parts[c] for c in honest])
-    size = max(1, min(MOST, len(test) // 2, len(rows)))
+    size = size_of(data, len(rows))
     inside = rng.choice(rows, size=size, replace=False)
     outside, rest = test[:size], test[len(test) // 2 :]
     x = torch.cat([data.x[torch.from_numpy(inside)], _skewed(data, outside, honest, rng)])

@@ -12,6 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from fedtrust.fits import within_budget
 from fedtrust.probes.base import ProbeContext, Result, need, probe
 from fedtrust.probes.guesses import Membership
 from fedtrust.probes.membership import scaled_confidence, told
@@ -86,6 +87,7 @@ def answers(ctx: ProbeContext, params: Tensor, x: Tensor) -> Tensor:
     asks="membership",
     population=True,
     architecture=True,
+    fits=within_budget(lambda facts: facts.candidates + (facts.own if facts.params["align"] else 0)),
     paper="Carlini, Chien, Nasr, Song, Terzis and Tramèr, S&P 2022, algorithm 1 (online) and section V-C (offline)",
 )
 def lira(
@@ -169,6 +171,7 @@ def _gaussian(values: Tensor, counts: Tensor, common: bool) -> tuple[Tensor, Ten
     asks="membership",
     population=True,
     architecture=True,
+    fits=within_budget(lambda facts: facts.candidates + facts.own),
     paper="Zarifzadeh, Liu and Shokri (RMIA), ICML 2024, equations 3 to 5 and 9 (offline)",
 )
 def rmia(

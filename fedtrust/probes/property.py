@@ -10,9 +10,16 @@ from pydantic import Field
 from torch import Tensor
 
 from fedtrust.data.skew import PROPERTIES
+from fedtrust.fits import RunFacts
 from fedtrust.probes.base import ProbeContext, Result, need, probe
 from fedtrust.probes.guesses import Property
 from fedtrust.probes.inversion_update import acts
+
+
+def _nobody_has_it(facts: RunFacts) -> str | None:
+    what = facts.params["what"]
+    hint = f'set data.feature_skew = {{ kind = "property", what = "{what}" }}'
+    return None if what in facts.properties else f"no client's data are '{what}', so there is nothing to infer; {hint}"
 
 
 @probe(
@@ -21,6 +28,7 @@ from fedtrust.probes.inversion_update import acts
     task="classification",
     population=True,
     once=True,
+    fits=_nobody_has_it,
     paper="Melis, Song, De Cristofaro and Shmatikov, S&P 2019, section IV-C and algorithm 3 (passive)",
 )
 def property_inference(

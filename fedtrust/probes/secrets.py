@@ -122,9 +122,10 @@ def canary_extraction(
         alphabet: see `digits`.
         beam: how many beginnings are kept.
         sure: from which probability on a completion is claimed.
-        queries: how many samples he asks for at most; with too few, some names are left out. By default as many as it takes.
+        queries: how many samples he asks for at most; with too few, some names are left out. By default as many as it takes, within
+            the budget of the release.
     """
-    asker = _Asker(ctx, queries)
+    asker = _Asker(ctx, ctx.queries if queries is None else queries)
     found: dict[str, Secrets] = {}
     for key, forms in (("secrets/direct", [prefix]), ("secrets/roundabout", roundabout)):
         before = asker.asked

@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fedtrust.data.base import Task
+from fedtrust.fits import RunFacts
 from fedtrust.probes.base import ProbeContext, Result, need, probe
 from fedtrust.probes.guesses import Copies, Copy
 from fedtrust.release import log_probabilities
@@ -38,11 +39,39 @@ def _network(ctx: ProbeContext, params: Tensor) -> Callable[[Tensor], Tensor]:
     return predict
 
 
+def _too_many(facts: RunFacts, asks: int, own: int) -> str | None:
+    """Return why a thief cannot ask so many queries, so many of them samples of its own."""
+    if facts.queries is not None and asks > facts.queries:
+        return f"asks {asks} queries, and a user may ask {facts.queries} (release.queries)"
+    if own > facts.own:
+        return f"takes {own} samples of its own and has {facts.own}; let it take fewer, or the source have more test samples"
+    return None
+
+
+def _unsolved(facts: RunFacts) -> str | None:
+    return _too_many(facts, max(facts.params["queries"], default=math.prod(facts.task.shape) + 1), 0)
+
+
+def _not_augmented(facts: RunFacts) -> str | None:
+    seeds, queries = facts.params["seeds"], facts.params["queries"]
+    if seeds > queries:
+        return f"begins with {seeds} samples of its own (seeds), and is to ask about {queries} at most (queries)"
+    return _too_many(facts, queries, seeds)
+
+
+def _not_copied(facts: RunFacts) -> str | None:
+    asks, noise = max(facts.params["queries"]), facts.params["inputs"] == "noise"
+    if noise and facts.params["strategy"] == "adaptive":
+        return "the adaptive strategy goes by the labels of the thief's samples; noise has none"
+    return _too_many(facts, asks, 0 if noise else asks)
+
+
 @probe(
     "equation-solving",
     role="user",
     when="end",
     task="classification",
+    fits=_unsolved,
     paper="Tramèr et al., USENIX Security 2016, sections 4.1.1 and 4.1.2",
 )
 def equation_solving(ctx: ProbeContext, *, queries: list[Count] = _BY_DIMENSION) -> Result:
@@ -93,6 +122,7 @@ def _linear(ctx: ProbeContext, rows: Tensor, told: Tensor) -> Copy:
     role="user",
     when="end",
     task="classification",
+    fits=_not_augmented,
     population=True,
     architecture=True,
     paper="Papernot et al., AsiaCCS 2017 (Practical Black-Box Attacks against Machine Learning), section 4.2, algorithm 1",
@@ -153,6 +183,7 @@ def _some(have: int, wanted: int, rng: torch.Generator) -> Tensor:
     role="user",
     when="end",
     task="classification",
+    fits=_not_copied,
     population=True,
     architecture=True,
     paper="Orekondy, Schiele and Fritz, CVPR 2019 (Knockoff Nets), sections 4.1 and 4.2",

@@ -6,12 +6,15 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
-from fedtrust.report.load import Matrix, Run
-from fedtrust.report.parts import COLUMNS_OF_LINES, Budget, is_share, metric_title, window
+from fedtrust.report.load import Axes as MatrixAxes
+from fedtrust.report.load import Cell, Matrix, Run
+from fedtrust.report.parts import COLUMNS_OF_LINES, Budget, is_share, metric_title, points_of, window, words
 from fedtrust.report.svg import Axes, Series, line_chart
 from fedtrust.report.verdict import ACCURACY, LOSS, SUCCESS, is_none
 
 _MOST_PANELS = 24
+#: A line's name and points.
+Line = tuple[str, list[tuple[float, float]]]
 
 
 def run_panels(run: Run, budget: Budget) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -95,3 +98,52 @@ def _points(runs: Sequence[Run], metric: str) -> list[tuple[float, float]]:
 
 def _band(runs: Sequence[Run], metric: str) -> list[tuple[float, float, float]]:
     return [(float(at), min(values), max(values)) for at, values in by_round(runs, metric).items()]
+
+
+def together(matrix: Matrix, budget: Budget) -> list[dict[str, Any]]:
+    """Lay out the curves that probes left in several cells, one picture a file: a line a cell, and once what is the same in all of them.
+
+    More lines than can be told apart go into further pictures, each with the lines that all cells share.
+    """
+    files: dict[str, list[tuple[str, dict[str, Any]]]] = {}
+    for cell in matrix.summary.cells:
+        run = matrix.runs.get(cell.cell)
+        for raw in run.artefacts if run else []:
+            if raw.get("kind") == "curve" and isinstance(raw.get("series"), dict):
+                files.setdefault(raw["file"], []).append((_short(cell, matrix.summary.axes), raw))
+    found: list[dict[str, Any]] = []
+    for file, cells in files.items():
+        kinds = {(words(raw.get("x")), words(raw.get("y"))) for _, raw in cells}
+        if len(cells) < 2 or len(kinds) > 1:  # of one cell alone it is that cell's picture
+            continue
+        (x, y), title = kinds.pop(), words(cells[0][1].get("title")) or file
+        own, common = _lines(cells)
+        room = COLUMNS_OF_LINES - len(common)
+        for start in range(0, len(own), max(1, room)):
+            part = own[start : start + max(1, room)]
+            series = [Series(name, points, n) for n, (name, points) in enumerate([*part, *common])]
+            chart = line_chart(title, series, Axes(x or "x", y or "y"))
+            if budget.take(chart):
+                caption = "A line a cell; the figures to it stand in the tables above and in each cell's own report."
+                base = {"kind": "curve", "file": file, "title": title, "note": "", "caption": caption}
+                found.append({**base, "svg": chart})
+    return found
+
+
+def _short(cell: Cell, axes: MatrixAxes) -> str:
+    """Name a cell by what tells it from the others, for a legend."""
+    parts = [cell.strategies] if len(axes.strategies) > 1 or len(axes.attackers) == 1 else []
+    parts = [*([cell.attackers] if len(axes.attackers) > 1 else []), *parts]
+    parts += [cell.partitions] if len(axes.partitions) > 1 else []
+    return ", ".join([*parts, *([f"seed {cell.seed}"] if len(axes.seeds) > 1 else [])])
+
+
+def _lines(cells: Sequence[tuple[str, dict[str, Any]]]) -> tuple[list[Line], list[Line]]:
+    """Return the lines that are a cell's own, named by cell, and those that are the same in every cell."""
+    first = cells[0][1]["series"]
+    same = [name for name, points in first.items() if all(raw["series"].get(name) == points for _, raw in cells)]
+    own = []
+    for cell, raw in cells:
+        names = [name for name in raw["series"] if name not in same]
+        own += [(cell if len(names) == 1 else f"{cell}: {name}", points_of(raw["series"][name])) for name in names]
+    return own, [(name, points_of(first[name])) for name in same]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 #: What is said of the first of these measures that a guess was given, and from which value on it counts as found; `{}` is the value.
@@ -44,6 +44,25 @@ class Finding(NamedTuple):
     words: str
     value: str
     plain: bool
+
+
+def measures(metrics: Mapping[str, Sequence[float]]) -> list[str]:
+    """Return the metrics that say what the guesses of a matrix were worth, guess by guess.
+
+    Args:
+        metrics: name → its values in the cells. The share of exact samples is left out where nobody gets any: the PSNR says it better.
+    """
+    guesses: dict[str, set[str]] = {}
+    for key in metrics:
+        name, _, measure = key.partition("/")
+        guesses.setdefault(name, set()).add(measure)
+    found = []
+    for name, scores in guesses.items():
+        for measure, _, _, _ in _SAID:
+            nothing = measure == "exact" and max(metrics.get(f"{name}/exact", [0.0])) < 0.05
+            if measure in scores and scores & _BESIDE[measure] and not nothing:
+                found.append(f"{name}/{measure}")
+    return found
 
 
 def findings(metrics: Mapping[str, float]) -> list[Finding]:

@@ -5,10 +5,13 @@ from __future__ import annotations
 from statistics import fmean, stdev
 from typing import Any
 
-from fedtrust.report import verdict
+from fedtrust.report import findings, verdict
 from fedtrust.report.load import Cell, Matrix
 from fedtrust.report.parts import is_share, metric_title, shown
 
+#: The ends of the scale of what a guess is worth: from nothing to all there is to find. Without an entry: lowest to highest cell.
+_ENDS = {"auc": (0.5, 1.0), "psnr": (5.0, 40.0), "likeness": (0.0, 1.0)}
+_MOST_GUESSES = 12
 OUTCOMES: dict[verdict.Outcome, tuple[str, str, int]] = {  # sign, word, heat
     "won": ("▲", "attack won", 9),
     "partial": ("◆", "partly held", 4),
@@ -18,9 +21,16 @@ OUTCOMES: dict[verdict.Outcome, tuple[str, str, int]] = {  # sign, word, heat
 
 
 def heat_maps(matrix: Matrix) -> list[dict[str, Any]]:
-    """Lay out attack × strategy for every partition: who won, accuracy, attack success, or the loss where nothing else is known."""
+    """Lay out attack × strategy for every partition: who won, accuracy, attack success, and what observers found out.
+
+    The loss stands there where neither accuracy nor success is known.
+    """
     summary = matrix.summary
-    have = {name for cell in summary.cells for name, value in cell.metrics.items() if value is not None}
+    have: dict[str, list[float]] = {}
+    for cell in summary.cells:
+        for name, value in cell.metrics.items():
+            if value is not None:
+                have.setdefault(name, []).append(value)
     maps = []
     for partition in summary.axes.partitions:
         fights = {(d.attack, d.strategy): d for d in verdict.duels(summary) if d.partition == partition}
@@ -29,7 +39,7 @@ def heat_maps(matrix: Matrix) -> list[dict[str, Any]]:
         metrics = [name for name in (verdict.ACCURACY, verdict.SUCCESS) if name in have] or [
             name for name in (verdict.LOSS,) if name in have
         ]
-        tables += [_heat(matrix, partition, metric) for metric in metrics]
+        tables += [_heat(matrix, partition, metric) for metric in [*metrics, *findings.measures(have)[:_MOST_GUESSES]]]
         maps.append({"title": partition if len(summary.axes.partitions) > 1 else "", "tables": tables})
     return [entry for entry in maps if entry["tables"]]
 
@@ -68,7 +78,7 @@ def _heat(matrix: Matrix, partition: str, metric: str) -> dict[str, Any]:
         if cell.partitions == partition:
             groups.setdefault((cell.attackers, cell.strategies), []).append(cell)
     values = [value for cells in groups.values() if (value := verdict.mean(cells, metric)) is not None]
-    low, high = (0.0, 1.0) if share else (min(values, default=0.0), max(values, default=1.0))
+    low, high = (0.0, 1.0) if share else _ENDS.get(metric.rpartition("/")[2], (min(values, default=0.0), max(values, default=1.0)))
     better_high = metric == verdict.ACCURACY
     rows = []
     for attack in summary.axes.attackers:
@@ -80,7 +90,7 @@ def _heat(matrix: Matrix, partition: str, metric: str) -> dict[str, Any]:
     unit = {verdict.ACCURACY: "share of test samples", verdict.SUCCESS: "share of attacked inputs"}.get(metric, "")
     spread = "± is the standard deviation over the seeds. " if len(summary.axes.seeds) > 1 else ""
     note = f"{spread}{'Higher is better for the defender.' if better_high else 'Lower is better for the defender.'}"
-    title = f"{metric_title(metric)}{f' ({unit}, %)' if share else ''}"
+    title = f"{metric_title(metric)}{f' ({unit}, %)' if unit and share else ' (%)' if share else ''}"
     return {
         "title": title,
         "columns": summary.axes.strategies,

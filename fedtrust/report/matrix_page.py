@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from fedtrust.report import arena, claims, devices, frontier, verdict
-from fedtrust.report.curves import matrix_panels
+from fedtrust.report.curves import matrix_panels, together
 from fedtrust.report.figures import holdings, trust_strip, trust_words
 from fedtrust.report.heat import heat_maps
 from fedtrust.report.load import Axes, Cell, Matrix, Threat
@@ -119,13 +119,15 @@ def _strips(matrix: Matrix) -> tuple[list[dict[str, Any]], str]:
 
 
 def _matrix_artefacts(matrix: Matrix) -> list[dict[str, Any]]:
-    """Show each attack's artefacts once, from its first cell that left any; equal pictures of other cells add nothing."""
-    budget, found, seen = Budget(250_000), list[dict[str, Any]](), set[tuple[str, str]]()
+    """Show the curves of all cells together, and each attack's other artefacts once, from its first cell that left any."""
+    budget, seen = Budget(250_000), set[tuple[str, str]]()
+    found = together(matrix, budget)
+    drawn = {item["file"] for item in found}
     for cell in matrix.summary.cells:
         run = matrix.runs.get(cell.cell)
         for raw in run.artefacts if run else []:
             key = (cell.attackers, raw["file"])
-            if key not in seen and len(found) < 40:
+            if key not in seen and raw["file"] not in drawn and len(found) < 40:
                 seen.add(key)
                 found.append({**artefact(raw, budget), "where": cell_name(cell, matrix.summary.axes)})
     return found

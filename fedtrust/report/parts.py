@@ -185,8 +185,8 @@ def artefact(raw: Mapping[str, Any], budget: Budget) -> dict[str, Any]:
     kind = raw.get("kind")
     base = {
         "kind": "other",
-        "title": _words(raw.get("title")) or _words(raw.get("file")),
-        "caption": _words(raw.get("caption")),
+        "title": words(raw.get("title")) or words(raw.get("file")),
+        "caption": words(raw.get("caption")),
         "note": "",
     }
     if kind == "images" and isinstance(raw.get("images"), list):
@@ -199,23 +199,24 @@ def artefact(raw: Mapping[str, Any], budget: Budget) -> dict[str, Any]:
             "note": f"{missing} more not shown; see artefacts/{raw['file']}." if missing else "",
         }
     if kind == "table" and isinstance(raw.get("columns"), list) and isinstance(raw.get("rows"), list):
-        rows = [[_words(value) for value in row[:_MOST_COLUMNS]] for row in raw["rows"][:_MOST_ROWS] if isinstance(row, list)]
+        rows = [[words(value) for value in row[:_MOST_COLUMNS]] for row in raw["rows"][:_MOST_ROWS] if isinstance(row, list)]
         rows = [row for row in rows if budget.take("".join(row))]
         missing = len(raw["rows"]) - len(rows)
-        columns = [_words(name) for name in raw["columns"][:_MOST_COLUMNS]]
+        columns = [words(name) for name in raw["columns"][:_MOST_COLUMNS]]
         return {**base, "kind": "table", "columns": columns, "rows": rows, "note": f"{missing} more rows not shown." if missing else ""}
     if kind == "curve" and isinstance(raw.get("series"), dict):
-        series = [Series(name, _points(points), n) for n, (name, points) in enumerate(list(raw["series"].items())[:COLUMNS_OF_LINES])]
-        chart = line_chart(base["title"], series, Axes(_words(raw.get("x")) or "x", _words(raw.get("y")) or "y"))
+        series = [Series(name, points_of(points), n) for n, (name, points) in enumerate(list(raw["series"].items())[:COLUMNS_OF_LINES])]
+        chart = line_chart(base["title"], series, Axes(words(raw.get("x")) or "x", words(raw.get("y")) or "y"))
         if budget.take(chart):
             return {**base, "kind": "curve", "svg": chart}
-    return {**base, "note": f"This report has no picture for it; see artefacts/{_words(raw.get('file'))}."}
+    return {**base, "note": f"This report has no picture for it; see artefacts/{words(raw.get('file'))}."}
 
 
 COLUMNS_OF_LINES = 12  # more lines than this in one chart cannot be told apart
 
 
-def _words(value: object) -> str:
+def words(value: object) -> str:
+    """Return a value that a component wrote as words of a bounded length."""
     if isinstance(value, float):
         return f"{value:.4g}"
     return "" if value is None else clipped(value if isinstance(value, str) else json.dumps(value, default=str), 600)
@@ -231,13 +232,12 @@ def _image(item: object) -> dict[str, str] | None:
     except (binascii.Error, ValueError):
         return None
     return (
-        {"png": base64.b64encode(content).decode(), "label": _words(item.get("label"))}
-        if content.startswith(b"\x89PNG\r\n\x1a\n")
-        else None
+        {"png": base64.b64encode(content).decode(), "label": words(item.get("label"))} if content.startswith(b"\x89PNG\r\n\x1a\n") else None
     )
 
 
-def _points(points: object) -> list[tuple[float, float]]:
+def points_of(points: object) -> list[tuple[float, float]]:
+    """Return the points of a line as far as they are pairs of finite numbers."""
     found = []
     for pair in points if isinstance(points, list) else []:
         if isinstance(pair, list) and len(pair) == 2:

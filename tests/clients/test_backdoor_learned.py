@@ -22,7 +22,7 @@ from fedtrust.errors import InputError
 from fedtrust.probes.base import ProbeContext, probe
 from fedtrust.registry import REGISTRY
 from fedtrust.runner import run
-from fedtrust.scenario import Scenario
+from fedtrust.scenario import Scenario, check
 from fedtrust.setup import build
 from fedtrust.views import crafting_view, in_loss
 from tests.clients.behaviour_kit import COLOURS, IMAGES, make, samples, view
@@ -116,9 +116,10 @@ def test_chameleon_trains_the_classifier_on_the_adapted_encoder(small: Small, pa
 
 
 def test_chameleon_needs_an_encoder(small: Small) -> None:
-    here = coalition_view(small(model="logistic"), "chameleon", {})
-    with pytest.raises(ValueError, match="there is no encoder to adapt"):
-        last_layer(here)
+    attack = {"attackers": [{"behaviour": "chameleon", "count": 2}]}
+    with pytest.raises(InputError, match=r"attackers\[0\]\.behaviour: 'chameleon' cannot work here: .* no encoder to adapt"):
+        check(small(model="logistic", **attack))
+    check(small(model="mlp", **attack))
 
 
 def test_chameleon_spares_the_last_layer_of_every_member_of_an_ensemble(small: Small) -> None:

@@ -106,6 +106,7 @@ def test_a_run_with_other_cohorts_than_drawn_fails(tmp_path: Path, capsys: pytes
     ("arguments", "told"),
     [
         (["{plain}"], "plain.toml: claims no ε"),
+        (["{plain}", "--set", "strategy.filters=['distributed-discrete-gaussian']"], "cannot be audited: the ε of 'distributed-discrete"),
         (["{record}", "--confidence", "1.5"], "--confidence: lies in [0.5, 1), not 1.5"),
         (["{record}", "--trials", "3"], "3 is not in the range"),
         (["{missing}"], "missing.toml"),

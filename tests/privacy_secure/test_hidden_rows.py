@@ -17,7 +17,7 @@ from fedtrust.observers import observer_cards
 from fedtrust.privacy.distributed import DiscreteGaussianSum, epsilon_of_rho
 from fedtrust.registry import REGISTRY
 from fedtrust.runner import resume, run
-from fedtrust.scenario import Scenario, parse
+from fedtrust.scenario import Scenario, check, parse
 from tests.conftest import SMALL, merged
 from tests.strategies.rules_kit import context, normal, verdict
 
@@ -279,3 +279,22 @@ def test_the_noise_on_the_mean_is_what_was_asked_for() -> None:
     found = verdict("filter", NOISED, rows, context(10, 20_000, asked=10), clip=2.0, noise_multiplier=3.0).value[0]
     assert float(found.std()) == pytest.approx(2.0 * 3.0 / 10, rel=0.03)
     assert abs(float(found.mean())) < 5 * 0.6 / math.sqrt(20_000)
+
+
+@pytest.mark.parametrize("assumed", [0, 2])
+def test_check_says_the_epsilon_that_a_run_then_records(assumed: int, small: Small, out: Path) -> None:
+    noised = {"name": NOISED, "clip": 0.5, "noise_multiplier": 2.0}
+    scenario = small(**strategy(noised, assumed_malicious=assumed), rounds=3)
+    told = [fact for fact in check(scenario) if NOISED in fact or "drowns" in fact or fact.startswith(("privacy:", "warning:"))]
+    claimed = run(scenario, out, engine="local").summary["privacy"][0]
+    assert (claimed["releases"], claimed["clients"]) == (3, 8)
+    assert f"ε = {claimed['epsilon']:.4g} at δ = 1e-05 for a client asked in each of 3 rounds" in told[0]
+    assert ("2 are not counted on" in told[0]) == (assumed == 2)
+    assert f"over 650 parameters it is {2.0 * math.sqrt(650) / 8:.3g} times" in told[1]
+    assert told[2].startswith("warning: 8 clients a round cannot pay for this noise: about 17 would")
+
+
+def test_noise_that_is_next_to_none_is_refused_before_the_run(small: Small) -> None:
+    scenario = small(**strategy({"name": NOISED, "noise_multiplier": 1e-6}))
+    with pytest.raises(InputError, match=rf"strategy\.filters\[0\]: '{NOISED}' cannot work here: the noise is .* so next to none"):
+        check(scenario)

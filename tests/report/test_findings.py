@@ -46,3 +46,11 @@ def test_a_matrix_says_it_strategy_by_strategy() -> None:
     axes = {"attackers": ["none"], "strategies": ["mean", "local"], "partitions": ["iid"], "seeds": ["1"]}
     said = verdict.sentences({"kind": "matrix", "status": "finished", "cells": cells, "axes": axes, "threats": {"none": []}})
     assert said[0] == "Robbing gets 75.0 % (mean) of the samples exactly; it reconstructs samples at 4.7 (local) dB (median)."
+
+
+def test_the_measures_of_a_matrix_are_those_of_its_guesses() -> None:
+    values = {"accuracy": [0.9], "detection/auc": [0.5], "recall/3": [0.1]}
+    values |= {"lira/auc": [0.7], "lira/auc-low": [0.6], "gan-attack/likeness": [0.8], "gan-attack/taken-for-it": [1.0]}
+    values |= {"dlg/exact": [0.0, 0.04], "dlg/psnr": [15.0, 31.0], "dlg/mse": [0.1, 0.0]}
+    assert findings.measures(values) == ["lira/auc", "gan-attack/likeness", "dlg/psnr"]
+    assert findings.measures({**values, "dlg/exact": [0.0, 0.5]})[2:] == ["dlg/exact", "dlg/psnr"]

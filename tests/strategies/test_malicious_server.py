@@ -11,12 +11,13 @@ from torch import Tensor
 
 from fedtrust.clients.inspecting import Inspecting, RefusedError, block_before_convolution, silent, twins
 from fedtrust.data.build import load
+from fedtrust.errors import InputError
 from fedtrust.models.entrance import entrance, head
 from fedtrust.models.losses import cross_entropy
 from fedtrust.probes.scores_images import EXACT, assigned
 from fedtrust.registry import REGISTRY
 from fedtrust.runner import run
-from fedtrust.scenario import parse
+from fedtrust.scenario import check, parse
 from fedtrust.sending import SendContext
 from fedtrust.strategies.malicious_server import edges_of
 from tests.clients.behaviour_kit import view
@@ -70,8 +71,7 @@ def test_whoever_is_alone_in_a_bin_is_recovered_exactly(model: str, params: dict
     _, _, each = assigned(found.clamp(0, 1), data[0][0], 1.0)
     assert alone >= 20
     assert int((each > EXACT).sum()) >= alone
-    honest_found = measure("robbing-the-fed-readout", honest.seen())["robbing-the-fed"].items[0].x
-    assert int((assigned(honest_found.clamp(0, 1), data[0][0], 1.0)[2] > EXACT).sum()) <= 4  # without the planted layer hardly any
+    assert measure("robbing-the-fed-readout", honest.seen()) == {}  # nothing is planted in the true model
 
 
 @pytest.mark.parametrize("how", ["quantiles", "normal"])
@@ -119,12 +119,33 @@ def test_nothing_is_fished_where_the_class_is_missing() -> None:
     assert found == {"fishing-readout/of-the-class": 0.0}
 
 
+def test_nothing_is_fished_from_a_client_that_was_sent_the_true_model() -> None:
+    x, y = pictures(60)
+    play = Play("mlp", DIGITS, [(x[y == 3][:1], y[y == 3][:1])], recipe())  # its update would give the three away all the same
+    assert measure("fishing-readout", play.seen(), target=3) == {"fishing-readout/of-the-class": 0.0}
+
+
+@pytest.mark.parametrize(("name", "params"), [("robbing-the-fed", {}), ("fishing", {"target": 0})])
+def test_a_readout_counts_the_victims_alone(name: str, params: dict[str, Any], tmp_path: Path) -> None:
+    """Two of eight are sent the trap: to ask for more clients finds neither more nor less."""
+    document = merged(SMALL, {"model": "mlp", "rounds": 2, "clients": {"train": {"batch_size": 64}}})  # it reads in the first of them
+    document["malicious_server"] = {"sender": name, "params": {**params, "victims": 2}}
+    found = []
+    for clients in (2, 8):
+        document["probes"] = ["accuracy", {"name": f"{name}-readout", "clients": clients, **params}]
+        found.append(run(parse(document), tmp_path / str(clients), engine="local").summary["metrics"])
+    assert found[0] == found[1]
+    assert f"{name}/psnr" in found[0]
+
+
 def test_a_class_that_does_not_exist_is_refused() -> None:
-    play = Play("lenet", DIGITS, [samples(DIGITS, 1)], recipe())
-    with pytest.raises(ValueError, match="classes are 0 to 9"):
-        sent("fishing", play, target=10)
-    with pytest.raises(ValueError, match="classes are 0 to 9"):
-        measure("fishing-readout", play.seen(), target=10)
+    for part in (
+        {"malicious_server": {"sender": "fishing", "params": {"target": 10}}},
+        {"probes": [{"name": "fishing-readout", "target": 10}]},
+    ):
+        document = merged(SMALL, {"malicious_server": {"sender": "fishing", "params": {"target": 0}}})
+        with pytest.raises(InputError, match="classes are 0 to 9"):
+            check(parse({**document, **part}))
 
 
 def test_only_the_victims_are_sent_the_bait() -> None:

@@ -62,7 +62,7 @@ def field_of(exercise: Exercise, submissions: Sequence[Submission]) -> Field:
     attacks, defences = {}, {}
     main: Side = "attack" if exercise.sides[0] in ("attack", "defence") else exercise.sides[0]
     attacks = dict.fromkeys(exercise.house.attacks if main == "attack" else exercise.house.audits, True)
-    defences = dict.fromkeys(exercise.defences, True) if main == "attack" else {}
+    defences = dict.fromkeys(exercise.defences if main == "attack" else exercise.models, True)
     for one in submissions:
         (defences if one.side == "defence" else attacks)[names[one.student, one.side]] = False
     reference = exercise.reference if main == "attack" else ""

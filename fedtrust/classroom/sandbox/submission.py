@@ -19,7 +19,7 @@ from fedtrust.errors import InputError
 
 Role = Literal["attack", "defence", "audit", "evasion"]
 #: How often a game may ask for what costs the host work, unless an exercise says otherwise.
-BUDGETS: Mapping[str, int] = {"defence": 200, "train": 100_000, "query": 100_000}
+BUDGETS: Mapping[str, int] = {"defence": 200, "train": 100_000, "query": 100_000, "gradient": 100_000}
 
 
 class Submission:

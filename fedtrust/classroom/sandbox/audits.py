@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedtrust.classroom.sandbox import crossing
 from fedtrust.classroom.sandbox.channel import Expect, Expected
-from fedtrust.classroom.sandbox.host import Answer
+from fedtrust.classroom.sandbox.game import Answer
 from fedtrust.classroom.sandbox.submission import Playing
 from fedtrust.data.base import Task
 from fedtrust.probes.base import ProbeContext

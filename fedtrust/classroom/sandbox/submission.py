@@ -13,7 +13,8 @@ from fedtrust.classroom.sandbox import crossing
 from fedtrust.classroom.sandbox.channel import Expected
 from fedtrust.classroom.sandbox.crossing import Names
 from fedtrust.classroom.sandbox.faults import SubmissionFault
-from fedtrust.classroom.sandbox.host import Answer, Game, Report, Sandbox
+from fedtrust.classroom.sandbox.game import Answer, Game, Report
+from fedtrust.classroom.sandbox.host import Sandbox
 from fedtrust.classroom.sandbox.limits import Limits
 from fedtrust.errors import InputError
 

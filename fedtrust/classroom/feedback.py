@@ -73,11 +73,17 @@ def entry_page(about: About, board: Board, cells: Sequence[Outcome], student: st
             parts.append(_feedback(about, board, cells, line) | {"sha256": one.sha256})
     return {
         "title": f"{student}: {about.exercise.title}",
-        "facts": [about.exercise.name, PHASES[about.phase] + (f" ({about.day})" if about.day else "")],
+        "facts": [about.exercise.name, PHASES[about.phase] + (f" ({about.day})" if about.day else ""), *_called(about, student)],
         "parts": parts,
         "scoring": scoring_words(about.exercise, len(about.seeds)),
         "rounded": "" if about.phase != "hidden" else "Scores are rounded in this phase, and what each game gave is not told.",
     }
+
+
+def _called(about: About, student: str) -> list[str]:
+    """Return what the student's folder was called, where its name had to be changed."""
+    given = next((s.given for s in about.submissions if s.student == student), "")
+    return [f"handed in as {given}"] if given not in ("", student) else []
 
 
 def _feedback(about: About, board: Board, cells: Sequence[Outcome], line: Line) -> dict[str, Any]:

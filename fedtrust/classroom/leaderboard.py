@@ -152,16 +152,16 @@ def as_json(about: About, board: Board, rows: Sequence[Mapping[str, Any]]) -> di
 
 
 def marks_of(about: About, board: Board) -> list[dict[str, Any]]:
-    """Return a row a student: the mark of each side that is asked for (0 for what was not handed in), and their mean."""
+    """Return a row a student: the mark of each side that is asked for (0 for what was not handed in), their mean, and the folder's name."""
     found: dict[str, dict[Side, Line]] = {s.student: {} for s in about.submissions}
     names = folder.labels(about.exercise, about.submissions)
     for one in about.submissions:
         line = next(ln for ln in board.lines[one.side] if ln.name == names[one.student, one.side])
         found[one.student][one.side] = line
-    rows = []
+    rows, given = [], {s.student: s.given for s in about.submissions}
     for student, lines in sorted(found.items()):
         each: dict[str, int] = {side: (lines[side].mark or 0) if side in lines else 0 for side in about.exercise.sides}
-        rows.append({"student": student, **each, "mark": round(sum(each.values()) / len(each), 1)})
+        rows.append({"student": student, **each, "mark": round(sum(each.values()) / len(each), 1), "handed in as": given[student]})
     return rows
 
 

@@ -195,6 +195,7 @@ def test_check_says_what_fails(tmp_path):
         (["exercise", "check", "nowhere.py"], "no such file"),
         (["tournament", "run", "here"], "needs SUBMISSIONS, --exercise and --out"),
         (["tournament", "run", "--resume", "there", "--out", "x"], "does not go with --resume"),
+        (["tournament", "run", "--resume", "there", "--phase", "hidden"], "does not go with --resume"),
         (["tournament", "report", "nowhere"], "not a tournament"),
         (["tournament", "commit", "nowhere"], "cannot be read"),
     ],

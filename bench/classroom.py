@@ -1,15 +1,16 @@
 """A tournament of 20 attacks and 10 defences on `digits`, in the sandbox: how long it takes, and whether a killed one ends alike.
 
-    python bench/classroom.py OUT [--attacks 20] [--defences 10] [--workers 2] [--kill SECONDS]
+    python bench/classroom.py OUT [--attacks 20] [--defences 10] [--workers 2] [--kill [SECONDS]]
 
-With --kill the tournament is played twice: once whole, once killed (SIGKILL) after so many seconds and gone on with; the leaderboards
-must be the same, byte by byte.
+With --kill the tournament is played twice: once whole, once killed (SIGKILL) after so many seconds, or at a random moment of the time that
+the whole one took, and gone on with. Leaderboard, marks and every student's page must be the same, byte by byte; if not it exits with 1.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
 import shutil
 import signal
 import subprocess
@@ -61,6 +62,19 @@ def play(arguments: list[str], kill: float | None = None) -> float:
     return time.monotonic() - began
 
 
+def same(whole: Path, cut: Path) -> list[str]:
+    """Return which files of two reports differ; times and processor seconds on students' pages are left out."""
+
+    def told(report: Path) -> dict[str, bytes]:
+        return {
+            str(path.relative_to(report)): b"\n".join(line for line in path.read_bytes().splitlines() if b"_seconds" not in line)
+            for path in sorted(report.rglob("*.*"))
+        }
+
+    one, other = told(whole / "report"), told(cut / "report")
+    return sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
+
+
 def main() -> None:
     """Play."""
     parser = argparse.ArgumentParser()
@@ -68,7 +82,7 @@ def main() -> None:
     parser.add_argument("--attacks", type=int, default=20)
     parser.add_argument("--defences", type=int, default=10)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--kill", type=float)
+    parser.add_argument("--kill", type=float, nargs="?", const=-1.0)
     given = parser.parse_args()
     from fedtrust.classroom import exercise
 
@@ -87,17 +101,18 @@ def main() -> None:
     result = {"attacks": given.attacks, "defences": given.defences, "games": games, "seconds": round(seconds, 1)}
     result["seconds_a_game"] = round(seconds / games, 3)
     if given.kill:
+        kill = given.kill if given.kill > 0 else random.SystemRandom().uniform(0.05, 0.95) * seconds
         cut = given.out / "cut"
         shutil.rmtree(cut, ignore_errors=True)
-        play([*common, "--out", str(cut), *workers], given.kill)
+        play([*common, "--out", str(cut), *workers], kill)
+        result["killed_after"] = round(kill, 1)
         result["games_before_the_kill"] = len((cut / "cells.jsonl").read_text().splitlines())
         play(["--resume", str(cut), *workers])
-        same = [
-            (whole / "report" / n).read_bytes() == (cut / "report" / n).read_bytes()
-            for n in ("leaderboard.csv", "leaderboard.json", "index.html")
-        ]
-        result["same_leaderboard"] = all(same)
+        differ = same(whole, cut)
+        result |= {"same_leaderboard": not differ, "differ": differ[:10]}
     print(json.dumps(result))
+    if result.get("differ"):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

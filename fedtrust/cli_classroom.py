@@ -104,9 +104,9 @@ def run(
     workers: Annotated[int | None, typer.Option(min=1, max=256, metavar="N", help="Games side by side; by default one a core.")] = None,
     resume: Annotated[Path | None, typer.Option("--resume", metavar="DIR", help="Go on with a tournament that stopped.")] = None,
     phase: Annotated[
-        str,
+        str | None,
         typer.Option("--phase", click_type=PHASES, metavar="PHASE", show_default=False, help="public, hidden (daily) or final (default)."),
-    ] = "final",
+    ] = None,
     day: Annotated[str, typer.Option("--day", metavar="DATE", help="Of the hidden phase; by default today.")] = "",
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but the leaderboard's file.")] = False,
 ) -> None:
@@ -114,13 +114,13 @@ def run(
     from fedtrust.classroom import playing
 
     if resume is not None:
-        for given, option in ((submissions, "SUBMISSIONS"), (of, "--exercise"), (out, "--out"), (day, "--day")):
+        for given, option in ((submissions, "SUBMISSIONS"), (of, "--exercise"), (out, "--out"), (phase, "--phase"), (day, "--day")):
             if given:
                 raise click.UsageError(f"{option} does not go with --resume: a tournament goes on as it began")
-        raise typer.Exit(playing.resume(resume, workers, quiet=quiet))
+        raise typer.Exit(playing.resume(resume, workers, seed_file, quiet=quiet))
     if submissions is None or of is None or out is None:
         raise click.UsageError("needs SUBMISSIONS, --exercise and --out; or a folder with --resume")
-    raise typer.Exit(playing.begin(submissions, of, out, phase, seed_file, day, workers, quiet=quiet))
+    raise typer.Exit(playing.begin(submissions, of, out, phase or "final", seed_file, day, workers, quiet=quiet))
 
 
 @tournament.command("report")

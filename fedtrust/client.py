@@ -41,6 +41,10 @@ class Predict:
         """Return the outputs [b, classes] for samples `x` [b, *shape]; `options` are further arguments of the module, if it knows any."""
         return self._call(self.parameters, x, **options)
 
+    def frozen(self) -> Predict:
+        """Return the same model with its parameters as constants: for gradients of the inputs alone."""
+        return Predict(self._call, {name: value.detach() for name, value in self.parameters.items()}, self._layout)
+
     @property
     def params(self) -> Tensor:
         """The current local parameters as one vector [d]; differentiable (for proximal terms and the like)."""

@@ -129,7 +129,10 @@ class Table:
         """Return the scenario of a cell; `attack`, `defence`: whether these are handed in, and another one keeps their place."""
         seed = self.seeds[cell.seed]
         if self.exercise.sides[0] in ("audit", "evasion"):
-            return next(s for (_, _, p, number), s in self._scenarios.items() if (p, number) == (cell.partition, seed))
+            model = cell.defence if self.exercise.models else None
+            return next(
+                s for (_, d, p, number), s in self._scenarios.items() if (p, number) == (cell.partition, seed) and model in (None, d)
+            )
         row = "none" if cell.attack is None else SUBMISSION if attack else cell.attack
         return self._scenarios[row, SUBMISSION if defence else cell.defence, cell.partition, seed]
 

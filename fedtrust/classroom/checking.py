@@ -98,6 +98,9 @@ def _report(exercise: Exercise, file: Path, line: Line, board: Board, seeds: Seq
             pair = (line.name, other.name) if line.side == "attack" else (other.name, line.name)
             if pair in board.pairs:
                 lines.append(f"  {other.name[:30]:30} {100 * board.pairs[pair]:6.1f}")
+    if line.side == "evasion" and board.pairs:
+        lines += ["", "fooled, by model (%)"]
+        lines += [f"  {model[:30]:30} {100 * value:6.1f}" for (name, model), value in board.pairs.items() if name == line.name]
     if "measure" in line.parts:
         lines += ["", f"{exercise.measure:32} {line.parts['measure']:6.3f}"]
     for name, key in (("accuracy without an attack", "clean"), ("… less than FedAvg", "lost")):

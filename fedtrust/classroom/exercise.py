@@ -22,6 +22,7 @@ from fedtrust.scenario_io import Document
 from fedtrust.scenario_parts import AttackerSpec, Ref, Spec
 
 Kind = Literal["attack", "defence", "both", "audit", "evasion"]
+Access = Literal["answers", "gradients", "parameters"]
 #: What a student hands in, by kind.
 FILES: dict[Side, str] = {"attack": "attack.py", "defence": "defence.py", "audit": "audit.py", "evasion": "evasion.py"}
 SIDES: dict[str, tuple[Side, ...]] = {
@@ -35,6 +36,8 @@ SIDES: dict[str, tuple[Side, ...]] = {
 FEDAVG = "FedAvg"
 #: The label of whoever is handed in, among the house's.
 SUBMISSION = "@submission"
+#: How many samples an evasion is asked to change in a game.
+EVADED = 100
 #: Where the ready exercises lie.
 READY = Path(__file__).parent / "exercise_files"
 
@@ -60,6 +63,7 @@ class Exercise(Spec):
         scenario: the base scenario, a table or a path beside the exercise file.
         role: whom a submission plays, in words.
         knowledge: what an attack is granted.
+        access: what an evasion has of the model: its `answers`; also `gradients`, each asked for and counted; or also the `parameters`.
         attackers: which clients it gets.
         goal: what it is after: a registered behaviour, whose `goal` is measured; `None`: to make the model wrong.
         commitment: SHA-256 of the teacher's secret file, published beforehand.
@@ -74,6 +78,7 @@ class Exercise(Spec):
     scenario: Any
     role: str = ""
     knowledge: Knowledge = "coalition"
+    access: Access = "answers"
     attackers: AttackersSpec | None = None
     goal: Ref | None = None
     commitment: str = Field(default="", pattern=r"^([0-9a-f]{64})?$")
@@ -94,6 +99,8 @@ class Exercise(Spec):
             raise PydanticCustomError("name", "name should be lower-case words joined by hyphens, not '{name}'", {"name": self.name})
         if (self.kind == "audit") != (self.game is not None):
             raise PydanticCustomError("game", "an audit needs a `game`, membership or stealing, and nothing else has one", {})
+        if self.kind != "evasion" and self.access != "answers":
+            raise PydanticCustomError("access", "`access` is what an evasion has of the model; this is no evasion", {})
         if self.sides[0] in ("attack", "defence") and self.attackers is None:
             raise PydanticCustomError("attackers", "needs [attackers]: which clients an attack gets", {})
         if self.scoring.measure and self.scoring.measure not in _MEASURES[self.kind]:
@@ -136,6 +143,12 @@ class Exercise(Spec):
         return house if plain else {FEDAVG: {"aggregator": "mean"}, **house}
 
     @property
+    def models(self) -> dict[str, Any]:
+        """How the models that an evasion meets are made, by label; none: one, of the scenario as it is."""
+        given = self.house.defences if self.kind == "evasion" else {}
+        return {label: {"aggregator": entry} if isinstance(entry, str) else entry for label, entry in given.items()}
+
+    @property
     def reference(self) -> str:
         """The label of plain FedAvg."""
         return next(label for label, entry in self.defences.items() if _plain(entry))
@@ -173,6 +186,8 @@ class Exercise(Spec):
         sweep: dict[str, Any] = {"seeds": list(seeds), "partitions": self.partitions(hidden)}
         if fights:
             sweep |= {"attackers": attackers, "strategies": defences, "infeasible": "refuse"}
+        elif self.models:
+            sweep["strategies"] = self.models
         probes = list(self._base.get("probes", []))
         known = {p if isinstance(p, str) else p.get("name") for p in probes}
         wanted = ["accuracy", "client-accuracy", *(["attack-success"] if fights else [])]

@@ -95,7 +95,8 @@ class HouseSpec(Spec):
 
     Attributes:
         attacks: label → behaviour.
-        defences: label → strategy, as in a sweep; plain FedAvg is always among them.
+        defences: label → strategy, as in a sweep; plain FedAvg is always among them. Of an evasion: how the models are made that are to be
+            fooled.
         audits: label → probe.
     """
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fedtrust.classroom import folder
-from fedtrust.classroom.exercise import Exercise
+from fedtrust.classroom.exercise import EVADED, Exercise
 from fedtrust.classroom.folder import About
 from fedtrust.classroom.sandbox.faults import MEANING
 from fedtrust.classroom.scoring import Board, Line, Outcome
@@ -41,12 +41,17 @@ def scoring_words(exercise: Exercise, seeds: int) -> list[str]:
         ] * ("defence" in exercise.sides)
     else:
         words.append(f"Effectiveness E: {exercise.measure}, rescaled so that chance is 0 and perfection 1; the mean over the games.")
+        words += [
+            f"`evaded` is the share of {EVADED} samples that the model gets right and gets wrong once you have changed them. A feature "
+            f"that moved by more than {exercise.budget.eps:g} anywhere, or left its range, breaks the budget of the whole game."
+        ] * (exercise.kind == "evasion")
     units = [u for u, most in exercise.budget.counted().items() if most and rules.prices.get(u, 0.0) > 0]  # type: ignore[call-overload]
     counted = f"C counts {' and '.join(units)}." if units else "Nothing is counted here: C is 0."
     words.append(f"Score = {rules.effect:g} · E + {rules.thrift:g} · E · (1 − C / C_max) − penalty. {counted}")
     fine = rules.penalties
+    nothing = "no attack, or as plain FedAvg" if exercise.sides[0] in ("attack", "defence") else "nothing found"
     words.append(
-        "A game in which a submission fails counts as no attack, or as plain FedAvg, and costs "
+        f"A game in which a submission fails counts as {nothing}, and costs "
         f"{100 * fine.per_fault:g} points of the score each, at most {100 * fine.most:g}."
     )
     over = f"Intervals: 95 % bootstrap over {seeds} seeds. " if seeds > 1 else "One seed: there are no intervals. "
@@ -68,11 +73,17 @@ def entry_page(about: About, board: Board, cells: Sequence[Outcome], student: st
             parts.append(_feedback(about, board, cells, line) | {"sha256": one.sha256})
     return {
         "title": f"{student}: {about.exercise.title}",
-        "facts": [about.exercise.name, PHASES[about.phase] + (f" ({about.day})" if about.day else "")],
+        "facts": [about.exercise.name, PHASES[about.phase] + (f" ({about.day})" if about.day else ""), *_called(about, student)],
         "parts": parts,
         "scoring": scoring_words(about.exercise, len(about.seeds)),
         "rounded": "" if about.phase != "hidden" else "Scores are rounded in this phase, and what each game gave is not told.",
     }
+
+
+def _called(about: About, student: str) -> list[str]:
+    """Return what the student's folder was called, where its name had to be changed."""
+    given = next((s.given for s in about.submissions if s.student == student), "")
+    return [f"handed in as {given}"] if given not in ("", student) else []
 
 
 def _feedback(about: About, board: Board, cells: Sequence[Outcome], line: Line) -> dict[str, Any]:
@@ -123,7 +134,10 @@ def _how(about: About, line: Line) -> list[tuple[str, str]]:
 
 
 def _opponents(board: Board, line: Line) -> list[dict[str, Any]]:
-    """Return the mean damage with every opponent."""
+    """Return the mean damage with every opponent; of an evasion the share that it fooled, by model."""
+    if line.side == "evasion":
+        mine = [(model, value) for (name, model), value in board.pairs.items() if name == line.name]
+        return [{"name": model, "house": False, "damage": percent(value)} for model, value in mine]
     if line.side not in ("attack", "defence"):
         return []
     others = board.lines["defence" if line.side == "attack" else "attack"]

@@ -51,9 +51,9 @@ class About:
 
 def labels(exercise: Exercise, submissions: Sequence[Submission]) -> dict[tuple[str, Side], str]:
     """Return the label of every submission on its side; one that is called like a house baseline gets a remark."""
-    house = {"defence": set(exercise.defences), "attack": set(exercise.house.attacks)}
-    other = set(exercise.house.audits)
-    return {(s.student, s.side): f"{s.student} (student)" if s.student in house.get(s.side, other) else s.student for s in submissions}
+    house = {"defence": exercise.defences, "attack": exercise.house.attacks}
+    taken = {side: {label.casefold() for label in house.get(side, exercise.house.audits)} for side in exercises.FILES}
+    return {(s.student, s.side): f"{s.student} (student)" if s.student.casefold() in taken[s.side] else s.student for s in submissions}
 
 
 def field_of(exercise: Exercise, submissions: Sequence[Submission]) -> Field:
@@ -62,7 +62,7 @@ def field_of(exercise: Exercise, submissions: Sequence[Submission]) -> Field:
     attacks, defences = {}, {}
     main: Side = "attack" if exercise.sides[0] in ("attack", "defence") else exercise.sides[0]
     attacks = dict.fromkeys(exercise.house.attacks if main == "attack" else exercise.house.audits, True)
-    defences = dict.fromkeys(exercise.defences, True) if main == "attack" else {}
+    defences = dict.fromkeys(exercise.defences if main == "attack" else exercise.models, True)
     for one in submissions:
         (defences if one.side == "defence" else attacks)[names[one.student, one.side]] = False
     reference = exercise.reference if main == "attack" else ""
@@ -99,7 +99,7 @@ def create(
         target.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(target, (exercise._folder / exercise.scenario).read_bytes())
     kept = collect(submissions, out / "submissions")
-    rows = [{"student": s.student, "side": s.side, "sha256": s.sha256, "problem": s.problem} for s in kept]
+    rows = [{"student": s.student, "side": s.side, "sha256": s.sha256, "problem": s.problem, "given": s.given} for s in kept]
     about = {
         "exercise": exercise.name,
         "exercise_sha256": hashlib.sha256(exercise.text.encode()).hexdigest(),
@@ -144,7 +144,9 @@ def load(out: Path) -> About:
         raise InputError(f"not a tournament: {ABOUT} is missing", str(out))
     raw = read_json(out / ABOUT)
     try:
-        given = [Submission(r["student"], r["side"], _copy(out, r), r["sha256"], r["problem"]) for r in raw["submissions"]]
+        given = [
+            Submission(r["student"], r["side"], _copy(out, r), r["sha256"], r["problem"], r.get("given", "")) for r in raw["submissions"]
+        ]
         about = About(exercises.load(out / EXERCISE), raw["phase"], raw["day"], list(raw["seeds"]), raw["commitment"], given)
     except (KeyError, TypeError) as error:
         raise InputError(f"{ABOUT} is damaged: {error}", str(out)) from None

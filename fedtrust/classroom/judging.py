@@ -127,7 +127,8 @@ def judge(who: Field, outcomes: Sequence[Outcome], rules: Rules = COURSE) -> Boa
         rules: the numbers.
     """
     if who.side in ("audit", "evasion"):
-        return Board({who.side: _ranked([_audit(name, house, who, outcomes, rules) for name, house in who.attacks.items()], rules)})
+        lines = _ranked([_audit(name, house, who, outcomes, rules) for name, house in who.attacks.items()], rules)
+        return Board({who.side: lines}, _by_model(who, outcomes), len({o.seed for o in outcomes}))
     found = _values(who, outcomes, rules)
     weights = _draws(found.clean.shape[-1])
     attacks = [_attack(n, name, house, who, outcomes, found, weights, rules) for n, (name, house) in enumerate(who.attacks.items())]
@@ -220,15 +221,28 @@ def _effect(damages: Floats, clean: float, reference: float, rules: Rules) -> fl
 
 def _audit(name: str, house: bool, who: Field, outcomes: Sequence[Outcome], rules: Rules) -> Line:
     mine = _mine(who.side, name, outcomes)
-    partitions, seeds = sorted({o.partition for o in outcomes}), sorted({o.seed for o in outcomes})
-    values = np.full((1, len(partitions), len(seeds)), np.nan)
+    games, seeds = sorted({(o.defence, o.partition) for o in outcomes}), sorted({o.seed for o in outcomes})
+    values = np.full((1, len(games), len(seeds)), np.nan)
     for o in mine:
-        value = 0.0 if o.fault is not None or o.measure is None else rescaled(o.measure, o.chance)
-        values[0, partitions.index(o.partition), seeds.index(o.seed)] = value
+        values[0, games.index((o.defence, o.partition)), seeds.index(o.seed)] = _reached(o)
     effects = _over_seeds(values, _draws(len(seeds)))[:, 0]
     known = [o.measure for o in mine if o.measure is not None and o.fault is None]
     parts = {"measure": sum(known) / len(known)} if known else {}
     return _line(name, who.side, house, mine, effects, who, rules, "", parts)
+
+
+def _reached(o: Outcome) -> float:
+    """Return what an audit or an evasion reached, from chance (0) to perfection (1)."""
+    return 0.0 if o.fault is not None or o.measure is None else rescaled(o.measure, o.chance)
+
+
+def _by_model(who: Field, outcomes: Sequence[Outcome]) -> dict[tuple[str, str], float]:
+    """Return what every evasion reached against every model, over partitions and seeds."""
+    found: dict[tuple[str, str], list[float]] = {}
+    for o in outcomes:
+        if o.defence in who.defences:
+            found.setdefault((str(o.attack), o.defence), []).append(_reached(o))
+    return {pair: sum(values) / len(values) for pair, values in found.items()}
 
 
 def _ranked(lines: Sequence[Line], rules: Rules) -> list[Line]:

@@ -152,16 +152,16 @@ def as_json(about: About, board: Board, rows: Sequence[Mapping[str, Any]]) -> di
 
 
 def marks_of(about: About, board: Board) -> list[dict[str, Any]]:
-    """Return a row a student: the mark of each side that is asked for (0 for what was not handed in), and their mean."""
+    """Return a row a student: the mark of each side that is asked for (0 for what was not handed in), their mean, and the folder's name."""
     found: dict[str, dict[Side, Line]] = {s.student: {} for s in about.submissions}
     names = folder.labels(about.exercise, about.submissions)
     for one in about.submissions:
         line = next(ln for ln in board.lines[one.side] if ln.name == names[one.student, one.side])
         found[one.student][one.side] = line
-    rows = []
+    rows, given = [], {s.student: s.given for s in about.submissions}
     for student, lines in sorted(found.items()):
         each: dict[str, int] = {side: (lines[side].mark or 0) if side in lines else 0 for side in about.exercise.sides}
-        rows.append({"student": student, **each, "mark": round(sum(each.values()) / len(each), 1)})
+        rows.append({"student": student, **each, "mark": round(sum(each.values()) / len(each), 1), "handed in as": given[student]})
     return rows
 
 
@@ -197,7 +197,7 @@ def board_page(about: About, board: Board, verified: str, cells: tuple[int, int]
         "facts": facts,
         "alert": "" if cells[0] >= cells[1] else f"Not finished: {cells[0]} of {cells[1]} games were played, and the ranking will change.",
         "sides": [side for side in sides if side["rows"]],
-        "heat": _heat(board) if told and board.pairs else None,
+        "heat": _heat(board, about) if told and board.pairs else None,
         "scoring": scoring_words(exercise, len(about.seeds)),
         "rounded": "" if told else f"Scores are rounded to {exercise.phases.daily_step:g}; ranks and marks come with the final phase.",
         "commitment": about.commitment,
@@ -249,19 +249,29 @@ def _side(side: Side, lines: Sequence[Line], about: About, links: Mapping[str, s
     return {"title": _TITLES[side], "rows": rows, "told": told, "counted": any(r["cost"] not in ("", "0.0") for r in rows)}
 
 
-def _heat(board: Board) -> dict[str, Any]:
-    attacks = [ln.name for ln in board.lines["attack"]]
+_HEATS = {
+    "attack": ("Attack × defence", "Mean damage of every attack against every defence (%)", "Attacks across, defences down, each side best "
+               "first. Games in which a submission failed count as no attack, or as plain FedAvg."),
+    "evasion": ("Evasion × model", "Share of the samples that every evasion turned wrong, by model (%)", "Evasions across, best first; "
+                "models down. Games in which a submission failed count as nothing fooled."),
+}  # fmt: skip
+
+
+def _heat(board: Board, about: About) -> dict[str, Any]:
+    side: Side = "attack" if "attack" in board.lines else "evasion"
+    attacks = [ln.name for ln in board.lines[side]]
     rows = []
-    for line in board.lines["defence"]:
-        values = [board.pairs.get((attack, line.name)) for attack in attacks]
+    for name in [ln.name for ln in board.lines["defence"]] if side == "attack" else about.exercise.models:
+        values = [board.pairs.get((attack, name)) for attack in attacks]
         cells = [
             {
                 "value": "–" if v is None else f"{100 * v:.0f}",
                 "heat": None if v is None else int(10 * v + 1e-9),
-                "hint": f"{a} against {line.name}" + ("" if v is None else f": {percent(v)} %"),
+                "hint": f"{a} against {name}" + ("" if v is None else f": {percent(v)} %"),
             }
             for a, v in zip(attacks, values, strict=True)
         ]
         known = [v for v in values if v is not None]
-        rows.append({"name": line.name, "cells": cells, "mean": f"{100 * sum(known) / len(known):.0f}" if known else "–"})
-    return {"columns": attacks, "rows": rows}
+        rows.append({"name": name, "cells": cells, "mean": f"{100 * sum(known) / len(known):.0f}" if known else "–"})
+    title, caption, words = _HEATS[side]
+    return {"title": title, "caption": caption, "words": words, "columns": attacks, "rows": rows}

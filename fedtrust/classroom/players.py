@@ -7,22 +7,22 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fedtrust.classroom.exercise import FILES, Exercise
+from fedtrust.classroom.exercise import EVADED, FILES, Exercise
 from fedtrust.classroom.sandbox import audits, crossing, proxy, static, submission
 from fedtrust.classroom.sandbox.faults import SubmissionFault
 from fedtrust.classroom.sandbox.limits import MIB, Limits
 from fedtrust.classroom.submissions import Submission, read
 from fedtrust.client import Behaviour
+from fedtrust.data.base import Task
 from fedtrust.engine import seeds
 from fedtrust.errors import InputError
-from fedtrust.probes.base import Probe, ProbeContext, Result, need, share
+from fedtrust.probes import evasion
+from fedtrust.probes.base import Probe, ProbeContext, Result, need
 from fedtrust.probes.guesses import Copy, Membership
 from fedtrust.server import Rule
 from fedtrust.setup import Setup
 from fedtrust.views import at_least
 
-#: How many samples an evasion is asked to change.
-EVADED = 50
 _ROUNDING = 1e-5
 
 
@@ -76,7 +76,7 @@ class SandboxedSeat:
             "calls": report.calls,
             "bytes": report.bytes_in + report.bytes_out,
             "queries": report.asked.get("query", 0) + report.asked.get("defence", 0),
-            "gradients": report.asked.get("train", 0),
+            "gradients": report.asked.get("train", 0) + report.asked.get("gradient", 0),
             "cpu_seconds": round(report.cpu_seconds, 3),
             "wall_seconds": round(report.wall_seconds, 3),
         }
@@ -84,7 +84,7 @@ class SandboxedSeat:
     def _begin(self, setup: Setup) -> submission.Playing:
         scenario, world = setup.scenario, setup.world
         budget = self._exercise.budget
-        asked = {"defence": budget.queries, "query": budget.queries, "train": budget.gradients}
+        asked = {"defence": budget.queries, "query": budget.queries, "train": budget.gradients, "gradient": budget.gradients}
         self._playing = submission.Playing(
             self._submission,
             crossing.setting_of(scenario, world.data.task, world.layout),
@@ -137,37 +137,53 @@ class SandboxedSeat:
 
             return {"submission": Copy(predict, playing.report.asked.get("query", 0))}
 
-        def evasion(ctx: ProbeContext) -> Result:
+        def evading(ctx: ProbeContext) -> Result:
             return {"submission/evaded": self._evaded(audits.SandboxedEvasion(playing), ctx)}
 
-        return {"membership": membership, "stealing": stealing}.get(self._exercise.game or "", evasion)
+        return {"membership": membership, "stealing": stealing}.get(self._exercise.game or "", evading)
 
     def _evaded(self, made: audits.SandboxedEvasion, ctx: ProbeContext) -> float:
         """Return how many of the samples that the model gets right it gets wrong once they were changed, as a share."""
-        x, y = need(ctx.test, "the test samples")
-        right = (ctx.test_output.argmax(1) == y).nonzero().squeeze(1)
-        pick = right[torch.randperm(len(right), generator=ctx.rng)[:EVADED]]
-        x, y, eps = x[pick], y[pick], self._exercise.budget.eps
-        changed = made.perturb(x.clone(), y.clone(), need(ctx.released, "the model"), ctx.task, eps=eps, rng=ctx.rng)
-        low, high = ctx.task.low, ctx.task.high
-        outside = (
-            low is not None and high is not None and not low - _ROUNDING <= float(changed.min()) <= float(changed.max()) <= high + _ROUNDING
+        exercise = self._exercise
+        x, y = evasion.right(ctx, EVADED)
+        white = exercise.access == "parameters"
+
+        def slope(at: Tensor, of: Tensor) -> Tensor:
+            return evasion.slope(ctx, at, (lambda output: (of * output).sum()) if of.is_floating_point() else evasion.missed(of))
+
+        changed = made.perturb(
+            x.clone(),
+            y.clone(),
+            need(ctx.released, "the model"),
+            ctx.task,
+            eps=exercise.budget.eps,
+            rng=ctx.rng,
+            slope=None if exercise.access == "answers" else slope,
+            params=ctx.params if white else None,
         )
-        far = float((changed - x).abs().max())
-        if far > eps + _ROUNDING or outside:
-            why = (
-                f"it moved a feature by {far:.4g}, eps is {eps:g}"
-                if far > eps + _ROUNDING
-                else f"a feature left the range from {low:g} to {high:g}"
-            )
-            self._own = SubmissionFault("reply", why)
+        why = _outside(changed, x, exercise.budget.eps, ctx.task)
+        if why:
+            self._own = SubmissionFault("budget", why)
             raise self._own
-        return share(ctx.query(changed).argmax(1) != y)
+        return evasion.evaded(ctx, changed, y)
 
     def leave(self) -> None:
         """End the game."""
         if self._playing is not None:
             self._playing.end()
+
+
+def _outside(changed: Tensor, x: Tensor, eps: float, task: Task) -> str:
+    """Return in what way changed samples are farther than eps from x, or no samples of the task; "" if they are fine."""
+    if not len(x):
+        return ""
+    far = float((changed - x).abs().max())
+    if far > eps + _ROUNDING:
+        return f"it moved a feature by {far:.4g}, eps is {eps:g}"
+    low, high = task.low, task.high
+    if low is None or high is None or low - _ROUNDING <= float(changed.min()) <= float(changed.max()) <= high + _ROUNDING:
+        return ""
+    return f"a feature left the range from {low:g} to {high:g}"
 
 
 class SandboxedPlayer:

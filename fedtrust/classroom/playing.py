@@ -69,8 +69,15 @@ def begin(
     return _play(out, workers, quiet, open_)
 
 
-def resume(out: Path, workers: int | None, *, quiet: bool = False, open_: Opener = players.sandboxed) -> int:
-    """Go on with a tournament; return the exit code."""
+def resume(out: Path, workers: int | None, seed_file: Path | None = None, *, quiet: bool = False, open_: Opener = players.sandboxed) -> int:
+    """Go on with a tournament; return the exit code.
+
+    Raises:
+        InputError: there is no tournament, or a secret file is named that its seeds do not follow from.
+        RunError: the host failed; it can be gone on with.
+    """
+    if seed_file is not None:
+        folder.verify(folder.load(out), secrets_.read(seed_file))
     return _play(out, workers, quiet, open_)
 
 

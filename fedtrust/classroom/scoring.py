@@ -9,7 +9,7 @@ a goal (a backdoor), D is the success of that goal alone.
 - A defence's is 0.5 · mean (1 − D) + 0.25 · (1 − largest D) + 0.25 · clean accuracy relative to plain FedAvg, at most 1; the D of an attack
   is its mean over seeds and partitions. It is zero behind the utility gate: without an attack, more than 3 points of accuracy less than
   FedAvg, or more than 10 less for the worst client.
-- An audit's or an evasion's is its measure, rescaled so that chance is 0 and perfection 1.
+- An audit's or an evasion's is its measure, rescaled so that chance is 0 and perfection 1; of an evasion the mean over the models.
 
 score = 0.5 · E + 0.5 · E · (1 − C / C_max) − penalty, at least 0. C / C_max is the mean share of their budgets that the counted units
 (gradient evaluations, queries, bytes) used up, weighted by their prices.
@@ -273,7 +273,10 @@ class Line:
 
 @dataclass(frozen=True)
 class Board:
-    """Everything that was judged: a side's lines, best first; and the mean damage of every pair (attack, defence)."""
+    """Everything that was judged: a side's lines, best first; and the mean damage of every pair (attack, defence).
+
+    Of an evasion: the share that it fooled, by (evasion, model).
+    """
 
     lines: Mapping[Side, Sequence[Line]]
     pairs: Mapping[tuple[str, str], float] = field(default_factory=dict)
@@ -287,7 +290,7 @@ class Field:
     Attributes:
         attacks, defences: every label, with whether it is the house's.
         reference: the label of plain FedAvg among the defences.
-        side: what stands in the attacks' place (`audit` and `evasion` have no defences).
+        side: what stands in the attacks' place. An `audit` has no defences; an `evasion` may have models in their place.
         goal: whether damage is the success of a goal.
         budget: what a game may take at most, by unit.
     """

@@ -24,6 +24,11 @@ _KINDS = {
     "audit": "an audit",
     "evasion": "an evasion",
 }
+ACCESS = {
+    "answers": "its answers, `query(x)`",
+    "gradients": "its answers, `query(x)`, and its gradients, `query.gradient(x, y)`",
+    "parameters": "its answers and gradients, and the model itself: `query.model(x)`, `query.params`",
+}
 _WIDTH = 78
 
 
@@ -118,9 +123,17 @@ def task(exercise: Exercise) -> str:
         "cpu_seconds": "seconds of processor time",
         "wall_seconds": "seconds in all",
         "call_seconds": "seconds a call",
+        "eps": "is how far you may move a feature",
     }
     lines = [f"# {exercise.title}", "", exercise.task.strip(), "", "## What you hand in", ""]
     lines += [f"{files}. Every game of yours runs in a sandbox: no network, no files, nothing but your own side of the game.", ""]
+    if "attack" in exercise.sides:
+        lines += [
+            "A `Behaviour` may override `remember`, `agree`, `poison`, `craft` and `goal`. One that overrides `loss`, `per_sample`, "
+            "`project`, `reply` or `claim` is refused: these run inside the training and the protocol, which are not in the sandbox. Who "
+            "wants another loss trains in `craft`, with `view.data()`, `view.model` and torch.",
+            "",
+        ]
     lines += [
         "## The game",
         "",
@@ -134,6 +147,8 @@ def task(exercise: Exercise) -> str:
         lines += [f"- The house attacks: {', '.join(exercise.house.attacks)}.", f"- The house defences: {', '.join(exercise.defences)}."]
     else:
         lines += [f"- The house: {', '.join(exercise.house.audits) or 'nobody'}."]
+        lines += [f"- The models: {', '.join(exercise.models)}."] if exercise.models else []
+        lines += [f"- What you have of a model: {ACCESS[exercise.access]}."] if exercise.kind == "evasion" else []
     lines += [f"- You play: {exercise.role}."] if exercise.role else []
     lines += ["", "## Your budget in one game", ""] + [f"- {v:,} {words.get(k, k)}" for k, v in budget.items()]
     lines += ["", "## How it is scored", ""] + [f"- {words}" for words in scoring_words(exercise, exercise.hidden.seeds)]

@@ -6,7 +6,7 @@ import hashlib
 import os
 import stat
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fedtrust.classroom.exercise import FILES
@@ -28,6 +28,7 @@ class Submission:
         path: where it lies; after `collect` a copy in the tournament's folder.
         sha256: of its bytes.
         problem: why it cannot be played at all; "" if it can.
+        given: what its folder or file was called, as text.
     """
 
     student: str
@@ -35,6 +36,7 @@ class Submission:
     path: Path
     sha256: str = ""
     problem: str = ""
+    given: str = ""
 
     @property
     def label(self) -> str:
@@ -67,8 +69,10 @@ def read(path: Path) -> bytes:
 def found(folder: Path, sides: Sequence[Side]) -> list[Submission]:
     """Return what lies in a folder: one folder a student with `attack.py`, `defence.py`, …; where one file is asked for also NAME.py.
 
+    A student's folder that holds nothing of what is asked for is a submission with a problem: nobody is forgotten.
+
     Raises:
-        InputError: there is nothing in it, or two students would have one name.
+        InputError: there is nothing to play in it, or a student has both a folder and a file.
     """
     if not folder.is_dir():
         raise InputError("no such folder", str(folder))
@@ -83,16 +87,24 @@ def found(folder: Path, sides: Sequence[Side]) -> list[Submission]:
             students[entry.stem] = entry
     names = slugs(students)
     made = []
+    wanted = allowed_list(FILES[side] for side in sides)
     for student, entry in students.items():
-        for side in sides:
-            path = entry if entry.suffix == ".py" and not entry.is_dir() else entry / FILES[side]
-            if path.is_symlink() or path.exists():
-                made.append(Submission(names[student], side, path))
-    if not made:
-        wanted = allowed_list(FILES[side] for side in sides)
-        alone = ", or NAME.py" if len(sides) == 1 else ""
-        raise InputError(f"holds no submission: one folder a student with {wanted}{alone}", str(folder))
+        given = student.encode(errors="replace").decode()
+        alone = entry.suffix == ".py" and not entry.is_dir()
+        mine = {side: entry if alone else entry / FILES[side] for side in sides}
+        there = [Submission(names[student], side, path, given=given) for side, path in mine.items() if path.is_symlink() or path.exists()]
+        made += there or [Submission(names[student], sides[0], mine[sides[0]], problem=_missing(entry, wanted), given=given)]
+    if all(one.problem for one in made):
+        single = ", or NAME.py" if len(sides) == 1 else ""
+        raise InputError(f"holds no submission: one folder a student with {wanted}{single}", str(folder))
     return made
+
+
+def _missing(folder: Path, wanted: str) -> str:
+    """Say that nothing of what is asked for lies in a student's folder, and what does."""
+    others = sorted(entry.name.encode(errors="replace").decode() for entry in folder.iterdir() if not entry.name.startswith("."))
+    few = ", ".join(others[:3]) + (", …" if len(others) > 3 else "")
+    return f"nothing was handed in: its folder holds no {wanted}" + (f", but {few}"[:200] if others else "; it is empty")
 
 
 def collect(given: Sequence[Submission], target: Path) -> list[Submission]:
@@ -103,12 +115,15 @@ def collect(given: Sequence[Submission], target: Path) -> list[Submission]:
     made = []
     for one in given:
         copy = target / one.student / FILES[one.side]
+        if one.problem:
+            made.append(replace(one, path=copy))
+            continue
         try:
             content = read(one.path)
         except InputError as error:
-            made.append(Submission(one.student, one.side, copy, "", f"{error.where} {error.message}"))
+            made.append(replace(one, path=copy, problem=f"{error.where} {error.message}"))
             continue
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_bytes(content)
-        made.append(Submission(one.student, one.side, copy, hashlib.sha256(content).hexdigest()))
+        made.append(replace(one, path=copy, sha256=hashlib.sha256(content).hexdigest()))
     return made

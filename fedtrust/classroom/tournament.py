@@ -66,7 +66,7 @@ def plan(who: Field, partitions: Sequence[str], seeds: int, needed: set[str] | N
     handed = [name for name, house in who.defences.items() if not house]
     first = [name for name in who.defences if name not in handed[BLOCK:]] or ["-"]
     blocks = [first, *(handed[start : start + BLOCK] for start in range(BLOCK, len(handed), BLOCK))]
-    attacks: list[str | None] = [*([None] if who.defences else []), *who.attacks]
+    attacks: list[str | None] = [*([None] if who.side == "attack" else []), *who.attacks]
     rows = []
     for block in blocks:
         for attack in attacks:

@@ -81,9 +81,10 @@ def test_hidden_partitions_are_played_in_the_hidden_phases_only(tmp_path):
 # ----------------------------------------------------------------------------------------------------------------------- ready ones
 
 
-def test_there_are_five_ready_exercises():
+def test_there_are_six_ready_exercises():
     assert set(READY) == {
-        "break-the-median", "a-backdoor-that-lasts", "a-better-defender", "who-was-in-the-training-set", "steal-the-model"
+        "break-the-median", "a-backdoor-that-lasts", "a-better-defender", "who-was-in-the-training-set", "steal-the-model",
+        "fool-the-model",
     }  # fmt: skip
 
 
@@ -105,6 +106,16 @@ def test_a_ready_exercise_and_what_students_get_of_it(name, tmp_path):
         assert players.findings((tmp_path / "mine" / exercise.FILES[side]).read_text()) == []
     with pytest.raises(InputError, match="not empty"):
         setting.start(name, tmp_path / "mine")
+
+
+@pytest.mark.parametrize("name", READY)
+def test_the_task_says_which_hooks_are_refused_before_anybody_writes_one(name, tmp_path):
+    from fedtrust.classroom.sandbox import parts
+
+    made = exercise.load(READY[name])
+    said = setting.task(made)
+    refused = [hook for hook in parts.UNSUPPORTED if f"`{hook}`" in said]
+    assert set(refused) == (set(parts.UNSUPPORTED) - {"goal_now"} if "attack" in made.sides else set())
 
 
 @pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "scenarios" / "classroom").glob("*.toml")), ids=lambda p: p.stem)
@@ -184,6 +195,7 @@ def test_check_says_what_fails(tmp_path):
         (["exercise", "check", "nowhere.py"], "no such file"),
         (["tournament", "run", "here"], "needs SUBMISSIONS, --exercise and --out"),
         (["tournament", "run", "--resume", "there", "--out", "x"], "does not go with --resume"),
+        (["tournament", "run", "--resume", "there", "--phase", "hidden"], "does not go with --resume"),
         (["tournament", "report", "nowhere"], "not a tournament"),
         (["tournament", "commit", "nowhere"], "cannot be read"),
     ],

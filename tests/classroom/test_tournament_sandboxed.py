@@ -102,5 +102,5 @@ def test_an_evasion_is_measured_and_kept_within_its_bounds(tmp_path):
     found = {o.attack: o for o in folder.outcomes(tmp_path / "out")}
     assert found["grey"].measure > 0.2
     assert found["idle"].measure == 0.0
-    assert (found["far"].fault.kind, found["asks"].fault.kind) == ("reply", "budget")
+    assert (found["far"].fault.kind, found["asks"].fault.kind) == ("budget", "budget")
     assert "moved a feature by" in found["far"].fault.sentence

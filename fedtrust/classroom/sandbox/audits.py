@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fedtrust.classroom.sandbox import crossing
 from fedtrust.classroom.sandbox.channel import Expect, Expected
-from fedtrust.classroom.sandbox.host import Answer
+from fedtrust.classroom.sandbox.game import Answer
 from fedtrust.classroom.sandbox.submission import Playing
 from fedtrust.data.base import Task
 from fedtrust.probes.base import ProbeContext
@@ -55,6 +56,11 @@ class SandboxedAudit:
         return self.playing.call(op, plain, tensors, wanted, {"query": query_answer(ctx.query, ctx.task, budget)})[1]
 
 
+#: From samples x [n, *shape] and either labels [n] or weights [n, C] to the gradient in x: of the cross-entropy, or of
+#: (weights · output).sum().
+Slope = Callable[[Tensor, Tensor], Tensor]
+
+
 class SandboxedEvasion:
     """An evasion `perturb(x, y, query) -> x`, played in a sandbox."""
 
@@ -70,6 +76,7 @@ class SandboxedEvasion:
         *,
         eps: float,
         rng: torch.Generator,
+        slope: Slope | None = None,
         params: Tensor | None = None,
     ) -> Tensor:
         """Return the changed samples [n, *shape]; whether they are near enough is the caller's to check.
@@ -81,19 +88,20 @@ class SandboxedEvasion:
             task: what is learnt.
             eps: how far a feature may be moved; told to the submission.
             rng: where the call's randomness is drawn from.
+            slope: the model's gradients, if the attacker has them; each sample counts against the budget `gradient`.
             params: the model itself [d], if the attacker has it.
         """
         tensors = {"x": x, "y": y, **({} if params is None else {"params": params})}
         wanted = {"x": Expect(tuple(x.shape), x.dtype, called="what its perturb returned")}
         answers = {"query": query_answer(query, task, self.playing.budgets["query"])}
+        if slope is not None:
+            answers["gradient"] = gradient_answer(slope, task, self.playing.budgets["gradient"])
         return self.playing.call("perturb", {"eps": eps, "random": crossing.draw(rng)}, tensors, wanted, answers)[1]["x"]
 
 
 def query_answer(query: Callable[[Tensor], Tensor], task: Task, budget: int | None) -> Answer:
     """Return the answer to questions about samples; each sample counts."""
-    kind = torch.int64 if task.kind == "characters" else torch.float32
-    size = max(1, torch.Size(task.shape).numel())
-    expected = {"x": Expect((None, *task.shape), kind, most=max(1, min(budget or 10_000, 10_000)) * size, called="what it asked the model")}
+    expected = {"x": _samples(task, budget, "what it asked the model")}
     return Answer(
         lambda tensors, data: {"output": query(tensors["x"]).detach().float()},
         expected,
@@ -101,3 +109,32 @@ def query_answer(query: Callable[[Tensor], Tensor], task: Task, budget: int | No
         lambda tensors, data: len(tensors["x"]),
         "samples",
     )
+
+
+def gradient_answer(slope: Slope, task: Task, budget: int | None) -> Answer:
+    """Return the answer to questions for gradients; each sample counts."""
+    most = max(1, min(budget or 10_000, 10_000))
+    expected = {
+        "x": _samples(task, budget, "what it asked gradients at"),
+        "y": Expect((None,), torch.int64, most=most, required=False, called="the labels of its gradients"),
+        "weights": Expect((None, task.classes), most=most * task.classes, required=False, called="the weights of its gradients"),
+    }
+
+    def cost(tensors: Mapping[str, Tensor], data: Mapping[str, Any]) -> int:
+        of = tensors.get("y", tensors.get("weights"))
+        if of is None or ("y" in tensors and "weights" in tensors) or len(of) != len(tensors["x"]):
+            raise ValueError("a gradient needs a label [n] or weights [n, C] for each of its samples")
+        if "y" in tensors and len(of) and not 0 <= int(of.min()) <= int(of.max()) < task.classes:
+            raise ValueError(f"labels from {int(of.min())} to {int(of.max())}, the classes are 0 to {task.classes - 1}")
+        return len(of)
+
+    def told(tensors: Mapping[str, Tensor], data: Mapping[str, Any]) -> Mapping[str, Tensor]:
+        return {"gradient": slope(tensors["x"], tensors["y"] if "y" in tensors else tensors["weights"]).detach().float()}
+
+    return Answer(told, expected, budget, cost, "gradient evaluations")
+
+
+def _samples(task: Task, budget: int | None, called: str) -> Expect:
+    kind = torch.int64 if task.kind == "characters" else torch.float32
+    most = max(1, min(budget or 10_000, 10_000)) * max(1, torch.Size(task.shape).numel())
+    return Expect((None, *task.shape), kind, most=most, called=called)

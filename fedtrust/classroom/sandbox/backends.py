@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from fedtrust.classroom.sandbox import places
+from fedtrust.classroom.sandbox import cgroups, places
 from fedtrust.classroom.sandbox.backends_bubblewrap import Bubblewrap
 from fedtrust.classroom.sandbox.backends_landlock import Landlock
 from fedtrust.classroom.sandbox.limits import Limits
@@ -117,10 +117,10 @@ def pick(name: str = "auto") -> Backend:
 
 
 def doctor() -> list[tuple[str, str]]:
-    """Return a line for each backend, for `fedtrust doctor`."""
+    """Return a line for each backend, and one for control groups, for `fedtrust doctor`."""
     user = "root" if os.getuid() == 0 else f"uid {os.getuid()}"
     lines = []
     for finding in available():
         inside = f" (started as {user}, inside uid {finding.facts.get('uid')})" if finding.works else ""
         lines.append((f"sandbox {finding.name}", f"{'works' if finding.works else 'DOES NOT WORK'}: {finding.why}{inside}"))
-    return lines
+    return [*lines, ("control groups", cgroups.found())]

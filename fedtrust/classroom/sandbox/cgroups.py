@@ -13,11 +13,15 @@ from fedtrust.classroom.sandbox.limits import MIB, Limits
 
 #: What Python and torch themselves take, which counts in a group and not in a submission's limit.
 BASE = 1024 * MIB
+#: Where control groups, and what belongs to users who are logged in, are found.
+GROUPS, USERS = Path("/sys/fs/cgroup"), Path("/run/user")
 
 
 def found() -> str:
     """Return how control groups can be used here, or why they cannot."""
-    return "systemd" if _runtime() else "none: no user session of systemd that delegates memory and pids"
+    if _runtime():
+        return "used: the user's session (systemd) delegates memory and pids; the whole sandbox has one limit"
+    return "none: no user session of systemd that delegates memory and pids; each process has limits of its own"
 
 
 def prefix(limits: Limits) -> list[str]:
@@ -33,10 +37,10 @@ def prefix(limits: Limits) -> list[str]:
 def _runtime() -> str | None:
     """Return systemd-run if the user's session is managed by systemd and delegates both controllers."""
     program = shutil.which("systemd-run")
-    folder = f"/sys/fs/cgroup/user.slice/user-{os.getuid()}.slice/user@{os.getuid()}.service"
+    folder = GROUPS / "user.slice" / f"user-{os.getuid()}.slice" / f"user@{os.getuid()}.service"
     try:
-        controllers = set(Path(folder, "cgroup.controllers").read_text().split())
+        controllers = set((folder / "cgroup.controllers").read_text().split())
     except OSError:
         return None
-    bus = Path(f"/run/user/{os.getuid()}/systemd/private")
+    bus = USERS / f"{os.getuid()}" / "systemd" / "private"
     return program if program and {"memory", "pids"} <= controllers and bus.exists() else None

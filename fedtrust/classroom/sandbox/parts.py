@@ -261,32 +261,43 @@ class Evasion:
 
     def answer(self, data: Mapping[str, Any], tensors: Tensors, host: Host) -> tuple[dict[str, Any], Tensors]:
         """Return the changed samples [n, *shape]."""
-        ask = Query(host, None)
+        task = None if self.setting is None else self.setting.task
+        ask = Query(host, task, data["eps"], seeds.torch_stream(int(data["random"]), "sandbox"))
         if "params" in tensors:
-            setting = _setting(self.setting)
-            ask.model = functools.partial(setting.model, tensors["params"])
-        ask.eps, ask.rng = data["eps"], seeds.torch_stream(int(data["random"]), "sandbox")
+            ask.params = tensors["params"]
+            ask.model = functools.partial(_setting(self.setting).model, ask.params)
         return {}, {"x": self.perturb(tensors["x"], tensors["y"], ask)}
 
 
 class Query:
-    """The model as an attacker of its answers has it.
+    """The model as an evader has it.
 
     Attributes:
-        model: its own copy, differentiable, `model(x) -> output`; `None` unless granted.
+        task: what is learnt; `low` and `high` are the range of a feature, `None` where there is none.
         eps: how far a feature may be moved.
         rng: randomness.
+        model: its own copy, differentiable, `model(x) -> output`; `None` unless the exercise grants the parameters.
+        params: its parameters [d]; the same.
     """
 
-    eps: float | None = None
-    rng: torch.Generator
+    model: Callable[[Tensor], Tensor] | None = None
+    params: Tensor | None = None
 
-    def __init__(self, host: Host, model: Callable[[Tensor], Tensor] | None) -> None:
-        self._host, self.model = host, model
+    def __init__(self, host: Host, task: Task | None, eps: float, rng: torch.Generator) -> None:
+        self._host, self.task, self.eps, self.rng = host, task, eps, rng
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return the model's outputs [n, C] for samples [n, *shape]; each sample counts."""
         return self._host.ask("query", {"x": x})["output"]
+
+    def gradient(self, x: Tensor, of: Tensor) -> Tensor:
+        """Return gradients in the samples, [n, *shape]; each sample counts. For exercises that grant gradients or parameters.
+
+        Args:
+            x: samples [n, *shape].
+            of: labels [n]: of the cross-entropy at them; or weights [n, C]: of (weights · output).sum(), for any other loss.
+        """
+        return self._host.ask("gradient", {"x": x, ("weights" if of.is_floating_point() else "y"): of})["gradient"]
 
 
 _ROLES: dict[str, Callable[[Any, Setting | None], Any]] = {"attack": Attack, "defence": Defence, "audit": Audit, "evasion": Evasion}

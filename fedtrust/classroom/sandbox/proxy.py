@@ -17,7 +17,7 @@ from fedtrust.classroom.sandbox import crossing
 from fedtrust.classroom.sandbox.audits import SandboxedAudit, SandboxedEvasion, query_answer
 from fedtrust.classroom.sandbox.channel import Expect
 from fedtrust.classroom.sandbox.faults import SubmissionFault
-from fedtrust.classroom.sandbox.host import Answer, finite
+from fedtrust.classroom.sandbox.game import Answer, finite
 from fedtrust.classroom.sandbox.submission import BUDGETS, Playing, Role, Submission
 from fedtrust.client import KNOWLEDGE, Behaviour, ClientMemory, Knowledge, View
 from fedtrust.data.base import Task

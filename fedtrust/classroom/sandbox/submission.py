@@ -13,13 +13,14 @@ from fedtrust.classroom.sandbox import crossing
 from fedtrust.classroom.sandbox.channel import Expected
 from fedtrust.classroom.sandbox.crossing import Names
 from fedtrust.classroom.sandbox.faults import SubmissionFault
-from fedtrust.classroom.sandbox.host import Answer, Game, Report, Sandbox
+from fedtrust.classroom.sandbox.game import Answer, Game, Report
+from fedtrust.classroom.sandbox.host import Sandbox
 from fedtrust.classroom.sandbox.limits import Limits
 from fedtrust.errors import InputError
 
 Role = Literal["attack", "defence", "audit", "evasion"]
 #: How often a game may ask for what costs the host work, unless an exercise says otherwise.
-BUDGETS: Mapping[str, int] = {"defence": 200, "train": 100_000, "query": 100_000}
+BUDGETS: Mapping[str, int] = {"defence": 200, "train": 100_000, "query": 100_000, "gradient": 100_000}
 
 
 class Submission:

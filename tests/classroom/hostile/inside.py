@@ -20,7 +20,8 @@ import torch
 from fedtrust.classroom.sandbox import backends
 from fedtrust.classroom.sandbox.channel import Expect
 from fedtrust.classroom.sandbox.faults import SubmissionFault
-from fedtrust.classroom.sandbox.host import Answer, Sandbox
+from fedtrust.classroom.sandbox.game import Answer
+from fedtrust.classroom.sandbox.host import Sandbox
 from fedtrust.classroom.sandbox.limits import MIB, Limits
 
 HERE = Path(__file__).parent / "submissions"

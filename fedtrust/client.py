@@ -72,7 +72,9 @@ class View(NamedTuple):
         marks: in `loss`, what `poison` returned as a third for the samples of the batch [b]; `None` if it did not.
         data: in `agree` and `craft`, the coalition's own samples (x [b, *shape], y [b]); `None` elsewhere.
         others: the honest updates of this round [m, d]; from `omniscient` on.
-        defence: the server's rule as a function, `defence(updates [n, d]) -> delta [d]`; only with `omniscient+defence`.
+        defence: the server's rule as a function, `defence(updates [n, d]) -> delta [d]`; only with `omniscient+defence`. It has the rule's
+            past. Rows as many as `others` and the coalition's together are taken for theirs, `others` first: the rule then knows its
+            clients again, and weighs them as registered. Any other number of rows are nobody's, of equal weight.
         private: in `agree` and `craft`, `private(purpose, *counters)`: NumPy generators of its own with keys of 128 bits (`rng` has 32),
             the same at every call in a round; for noise that a guarantee of privacy rests on.
     """

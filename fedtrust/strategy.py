@@ -139,10 +139,11 @@ class FedTrustStrategy(Strategy):
         return lambda place: self._rng(place, server_round)
 
     def preview(self, server_round: int, params: Tensor) -> Callable[..., Tensor]:
-        """Return the server's rule of this round as a function, for an attacker who is granted it: `(updates [n, d], clients) -> delta [d]`.
+        """Return the server's rule of this round, for an attacker who is granted it: `(updates [n, d], clients) -> delta [d]`.
 
-        It uses what the rule carries from the rounds before and does not change it. `clients` says whose updates these are, in the order of
-        the rows: they then come before the rule as the server sorts and weighs them. Without, they are nobody's and count as one sample each.
+        It uses what the rule carries from the rounds before and does not change it. `clients` says whose updates these are, in the
+        order of the rows: they then come before the rule as the server sorts and weighs them. Without, they are nobody's, and count as
+        one sample each.
         """
 
         def defence(updates: Tensor, clients: Sequence[int] = ()) -> Tensor:

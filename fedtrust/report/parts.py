@@ -25,7 +25,7 @@ _SHARE_FAMILIES = (
     "recall/", "client-accuracy/", "detection/", "rare/", "common/", "attack-success/", "dpa-certificate/", "crfl-certificate/",
 )  # fmt: skip
 #: Of what a guess is worth: samples that came out exactly, labels that are right, answers that agree with the owner's, …
-_SHARE_ENDS = ("/exact", "/labels", "/fidelity", "/accuracy", "/balanced-accuracy", "/taken-for-it")
+_SHARE_ENDS = ("/exact", "/labels", "/fidelity", "/accuracy", "/balanced-accuracy", "/taken-for-it", "/at-stop", "/at-end")
 _MOST_SCENARIO, _MOST_IMAGES, _MOST_ROWS, _MOST_COLUMNS = 60_000, 24, 60, 12
 STATUS_WORDS = {"finished": "finished", "failed": "failed", "interrupted": "was interrupted", "running": "has not ended"}
 

@@ -126,6 +126,8 @@ class Behaviour:
     role: ClassVar[Literal["honest", "malicious"]] = "malicious"
     #: The least knowledge it can work with.
     needs_knowledge: ClassVar[Knowledge] = "own"
+    #: Whether it attacks nobody: it departs from the protocol to protect itself, and a server that shuts it out wrongs an honest client.
+    protects: ClassVar[bool] = False
 
     def check(self, task: Task) -> str | None:
         """Return why this behaviour cannot work on the task (asked before anything runs), or `None`."""
@@ -312,7 +314,8 @@ def behaviour(
         knowledge: the least knowledge it can work with.
         paper: authors, venue, section.
         meta: further declarations, kept in the registry: `targets=True`, see `View.targets`; `spread=True` says that it works on how far
-            updates lie apart, so that one that is alone with `coalition` knowledge is refused.
+            updates lie apart, so that one that is alone with `coalition` knowledge is refused; `protects=True` that its clients protect
+            themselves and attack nobody: the truth then counts them among the honest.
 
     Raises:
         InputError: it is not a `Behaviour`, overrides no hook, or its parameters cannot be read.
@@ -332,6 +335,7 @@ def behaviour(
             raise InputError(f"the fields of behaviour '{name}' cannot be read: {error}", where) from None
         made.role = role
         made.needs_knowledge = knowledge
+        made.protects = bool(meta.get("protects"))
         REGISTRY.add("behaviour", name, made, role=role, knowledge=knowledge, paper=paper, **meta)
         return made  # type: ignore[return-value]  # dataclass() keeps the class
 

@@ -122,7 +122,7 @@ def threat_card(threat: Threat, clients: int, assumed: float | None, malicious: 
         ("Clients", ids),
         ("Rounds", _span(threat.rounds)),
         ("Parameters", params),
-        ("Defender", defender(assumed, malicious, clients)),
+        ("Defender", defender(assumed, malicious, clients) if threat.malicious else ""),
     ]
     return {"name": threat.behaviour, "summary": threat.summary, "paper": linked(threat.paper), "facts": [(k, v) for k, v in facts if v]}
 

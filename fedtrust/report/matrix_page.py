@@ -50,7 +50,7 @@ def matrix_page(matrix: Matrix) -> dict[str, Any]:
         "verdict_more": more,
         "alerts": _matrix_alerts(matrix),
         "claims": claims.section(matrix),
-        "arena": ranked,
+        "arena": ranked and {**ranked, "lead": [words for words in ranked["lead"] if words not in said]},
         "frontier": frontier.section(matrix),
         "heat": heat_maps(matrix),
         "curves": groups,

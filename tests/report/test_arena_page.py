@@ -200,6 +200,7 @@ def test_a_large_arena_folds_its_sentences(tmp_path: Path) -> None:
     text = write(folder).read_text("utf-8")
     found = page(folder / "report.html")
     assert '<p class="headline">Rule 1 lets the least through' in text
+    assert text.count("lets the least through") == 1  # not again where the arena begins
     assert "tied with rule 2, rule 3, rule 4 and rule 5" in found.words
     assert "One seed: there are no intervals" in found.words
     folded = text[text.index("Attack by attack") :]

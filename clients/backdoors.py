@@ -171,7 +171,8 @@ class DBA(Backdoor):
     """Share a trigger out: each colluder puts one bar of it on its images; the model meets the whole only in the test.
 
     Colluder number r puts bar r modulo `parts` and sends `scale` times its update (section 4.1: 100 on MNIST for the single shot, 1 for the
-    attack over many rounds).
+    attack over many rounds). With `whole` everybody puts all bars on: the centralised attack that the paper compares with, also for a
+    single member.
     """
 
     parts: Annotated[int, Field(ge=1)] = 4
@@ -179,10 +180,11 @@ class DBA(Backdoor):
     gap: Annotated[int, Field(ge=0)] = 2
     shift: Annotated[int, Field(ge=0)] = 0
     scale: Annotated[float, Field(gt=0)] = 1.0
+    whole: bool = False
 
     def stamp(self, x: Tensor, rank: int | None = None) -> Tensor:
         """Return the images with this colluder's bar, or with all of them."""
-        part = None if rank is None else rank % self.parts
+        part = None if rank is None or self.whole else rank % self.parts
         return triggers.bars(x, part=part, parts=self.parts, length=self.length, gap=self.gap, shift=self.shift)
 
     def craft(self, updates: Tensor, view: View) -> Tensor:

@@ -269,8 +269,8 @@ class ALittleIsEnoughSearch(_Search):
     What is maximised is ‖rule(honest updates, k copies of the crafted one) − mean of the honest updates‖, with the rule as the scenario
     grants it. Tried are ALIE's own z and `most`/2⁷ … `most`/2, `most`; then, up to `evaluations` calls of the rule, midpoints between the
     best so far and its neighbours. ByzFL doubles a step from zero and then shrinks it; a grid first finds the peaks of rules that cut
-    off what is too large. So the search never does less harm, by this measure, than the fixed attack. The rule is tried with the honest
-    rows first and without names, so one that knows its clients again (FoolsGold, FLDetector, FLANDERS, DPA) cannot do that in a trial. In a
+    off what is too large. So the search never does less harm, by this measure, than the fixed attack. The rule is tried as the
+    server will use it: with its past, on the rows of clients that it knows again (FoolsGold, FLDetector, FLANDERS, DPA). In a
     round without honest clients the coalition sends its honest updates.
     """
 

@@ -15,15 +15,16 @@ from fedtrust.clients.clean_label import in_range, span
 from fedtrust.data.base import Task
 
 
-@behaviour("unlearnable", paper="Huang et al., ICLR 2021, section 3 (error-minimising noise)")
+@behaviour("unlearnable", protects=True, paper="Huang et al., ICLR 2021, section 3 (error-minimising noise)")
 class Unlearnable(Behaviour):
     """Add noise within `epsilon` that minimises the loss, so that the model finds nothing left to learn from the own samples.
 
-    Nobody is attacked: a client protects its data against being learnt from, and labels stay right. The min-min game of the paper's
-    equation 3 is played on a copy of the model: `alternations` times `train_steps` steps of SGD on the noisy samples, in batches of 32 in
-    the samples' order, then `noise_steps` steps of size `epsilon` / 10 against the sign of the loss's gradient in the noise; it ends early
-    when the copy misjudges less than `enough` of the noisy samples. `mode`: a noise for each sample or one for each class. `epsilon` counts
-    in widths of the value range.
+    Nobody is attacked: a client protects its data against being learnt from, and labels stay right. In reports such clients are honest
+    ones, and a server that distrusts them gives a false alarm. The min-min game of the paper's equation 3 is played on a copy of the
+    model: `alternations` times `train_steps` steps of SGD on the noisy samples, in batches of 32 in the samples' order, then
+    `noise_steps` steps of size `epsilon` / 10 against the sign of the loss's gradient in the noise; it ends early when the copy
+    misjudges less than `enough` of the noisy samples. `mode`: a noise for each sample or one for each class. `epsilon` counts in widths
+    of the value range.
 
     `made` says on which model: `once`, the first that it is sent while it acts (the same noise in all rounds after, as data that were
     published once); or `anew`, each one that it is sent.

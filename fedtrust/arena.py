@@ -149,6 +149,7 @@ class Excluded:
 
     defence: str
     honest: float | None = None
+    out: float | None = None  # left out altogether, not only clipped
     rare: float | None = None
     common: float | None = None
     rare_trust: float | None = None
@@ -367,5 +368,5 @@ def _cost(defence: str, entries: Sequence[Entry], reference: str | None, damages
 
 def _excluded(defence: str, entries: Sequence[Entry]) -> Excluded:
     mine = [e.means for e in entries if e.defence == defence and e.status == "finished"]
-    names = ("detection/fpr", "rare/fpr", "common/fpr", "rare/trust", "common/trust")
+    names = ("detection/fpr", "detection/excluded-honest", "rare/fpr", "common/fpr", "rare/trust", "common/trust")
     return Excluded(defence, *(_average(means.get(name) for means in mine) for name in names))

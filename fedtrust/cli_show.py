@@ -120,7 +120,8 @@ def _stock(name: str) -> str:
 
 def _entry(entry: Entry) -> str:
     head = f"{entry.name} · {entry.kind}"
-    facts = [("paper", entry.meta.get("paper")), ("role", entry.meta.get("role")), ("when", entry.meta.get("when"))]
+    role = "protects itself, attacks nobody" if entry.meta.get("protects") else entry.meta.get("role")
+    facts = [("paper", entry.meta.get("paper")), ("role", role), ("when", entry.meta.get("when"))]
     if entry.kind == "behaviour":
         from fedtrust.client import capabilities
 

@@ -76,7 +76,9 @@ class View(NamedTuple):
         marks: in `loss`, what `poison` returned as a third for the samples of the batch [b]; `None` if it did not.
         data: in `agree` and `craft`, the coalition's own samples (x [b, *shape], y [b]); `None` elsewhere.
         others: the honest updates of this round [m, d]; from `omniscient` on.
-        defence: the server's rule as a function, `defence(updates [n, d]) -> delta [d]`; only with `omniscient+defence`.
+        defence: the server's rule as a function, `defence(updates [n, d]) -> delta [d]`; only with `omniscient+defence`. It has the rule's
+            past. Rows as many as `others` and the coalition's together are taken for theirs, `others` first: the rule then knows its
+            clients again, and weighs them as registered. Any other number of rows are nobody's, of equal weight.
         private: in `agree` and `craft`, `private(purpose, *counters)`: NumPy generators of its own with keys of 128 bits (`rng` has 32),
             the same at every call in a round; for noise that a guarantee of privacy rests on.
     """
@@ -128,6 +130,8 @@ class Behaviour:
     role: ClassVar[Literal["honest", "malicious"]] = "malicious"
     #: The least knowledge it can work with.
     needs_knowledge: ClassVar[Knowledge] = "own"
+    #: Whether it attacks nobody: it departs from the protocol to protect itself, and a server that shuts it out wrongs an honest client.
+    protects: ClassVar[bool] = False
 
     def check(self, task: Task) -> str | None:
         """Return why this behaviour cannot work on the task (asked before anything runs), or `None`."""
@@ -314,7 +318,8 @@ def behaviour(
         knowledge: the least knowledge it can work with.
         paper: authors, venue, section.
         meta: further declarations, kept in the registry: `targets=True`, see `View.targets`; `spread=True` says that it works on how far
-            updates lie apart, so that one that is alone with `coalition` knowledge is refused.
+            updates lie apart, so that one that is alone with `coalition` knowledge is refused; `protects=True` that its clients protect
+            themselves and attack nobody: the truth then counts them among the honest.
 
     Raises:
         InputError: it is not a `Behaviour`, overrides no hook, or its parameters cannot be read.
@@ -334,6 +339,7 @@ def behaviour(
             raise InputError(f"the fields of behaviour '{name}' cannot be read: {error}", where) from None
         made.role = role
         made.needs_knowledge = knowledge
+        made.protects = bool(meta.get("protects"))
         REGISTRY.add("behaviour", name, made, role=role, knowledge=knowledge, paper=paper, **meta)
         return made  # type: ignore[return-value]  # dataclass() keeps the class
 

@@ -93,7 +93,7 @@ def client_rows(
             {
                 "round": number,
                 "client": client,
-                "malicious": group is not None,
+                "malicious": group is not None and not group.behaviour.protects,
                 "behaviour": setup.scenario.clients.behaviour.name if group is None else group.name,
                 "norm": norm,
                 "trust": None if trust is None or i is None else float(trust[i]),
@@ -301,10 +301,10 @@ def _never_valid(setup: Setup, directory: RunDirectory) -> list[str]:
 
     Behaviours that are broken on purpose declare `broken=True`.
     """
-    rows = [r for r in directory.records(CLIENTS) if r["malicious"]]
+    rows = directory.records(CLIENTS)
     found = []
     for group in setup.roster.groups:
-        faults = [r["fault"] for r in rows if r["client"] in group.members]
+        faults = [r["fault"] for r in rows if r["client"] in group.ids and r["behaviour"] == group.name]
         if not faults or None in faults or entry_of("behaviour", group.name, setup.scenario).meta.get("broken"):
             continue
         found.append(f"the attack '{group.name}' never sent a valid update, so nothing was defended against ({faults[0]})")

@@ -152,12 +152,14 @@ class Scenario(Spec):
         for attack, defence, spread, seed in itertools.product(*axes.values()):
             folder = "__".join([names["attackers"][attack], names["strategies"][defence], names["partitions"][spread], f"seed{seed}"])
             strategy, refused = played[attack, defence]
-            own = {} if strategy.behaviour is None else {"behaviour": strategy.behaviour}
+            own: dict[str, Any] = {} if strategy.behaviour is None else {"behaviour": strategy.behaviour}
+            if strategy.loss is not None:
+                own["train"] = self.clients.train.model_copy(update={"loss": strategy.loss})
             scenario = self.model_copy(
                 update={
                     "clients": self.clients.model_copy(update=own),
                     "attackers": axes["attackers"][attack],
-                    "strategy": strategy.model_copy(update={"behaviour": None}),
+                    "strategy": strategy.model_copy(update={"behaviour": None, "loss": None}),
                     "data": self.data.model_copy(update={"partition": axes["partitions"][spread]}),
                     "seed": seed,
                     "sweep": None,

@@ -73,8 +73,9 @@ def resolve(scenario: Scenario, origin: Origin) -> Scenario:
         "malicious_server": _server(scenario, origin),
         "release": _release(scenario, origin),
     }
-    if scenario.strategy.behaviour is not None and scenario.sweep is None:
-        raise InputError("is for the strategies of a sweep; here set clients.behaviour", "strategy.behaviour")
+    for key, place in (("behaviour", "clients.behaviour"), ("loss", "clients.train.loss")):
+        if getattr(scenario.strategy, key) is not None and scenario.sweep is None:
+            raise InputError(f"is for the strategies of a sweep; here set {place}", f"strategy.{key}")
     resolved = scenario.model_copy(update=updates)
     done = scenario_cells.resolve(resolved, origin)
     scenario_private.must_mean(done)
@@ -239,6 +240,8 @@ def checked_strategy(strategy: StrategySpec, where: str, clients: ClientsSpec, o
     updates: dict[str, Any] = {"repairs": _repairs(strategy, where, origin)}
     if strategy.behaviour is not None:
         updates["behaviour"] = _honest(strategy.behaviour, f"{where}.behaviour", origin)
+    if strategy.loss is not None:
+        updates["loss"] = checked_ref(strategy.loss, "loss", f"{where}.loss", origin)
     strategy = strategy.model_copy(update=updates)
     filters = [checked_ref(r, "filter", f"{where}.filters[{i}]", origin) for i, r in enumerate(strategy.filters)]
     steps = [checked_ref(r, "step", f"{where}.steps[{i}]", origin) for i, r in enumerate(strategy.steps)]

@@ -173,12 +173,10 @@ def _protected(scenario: Scenario, data: FederatedData, parameters: int) -> list
 def _fits(scenario: Scenario, data: FederatedData, facts: list[str]) -> nn.Module:
     """Ask model, loss and every component whether they suit the task and each other; return the model."""
     task = data.task
-    loss = scenario.clients.train.loss or Ref(name="cross-entropy")
-    tasks = REGISTRY.get("loss", loss.name).meta.get("tasks")
-    if tasks is not None and task.kind not in tasks:
-        raise InputError(
-            f"'{loss.name}' is for {' and '.join(tasks)}; '{scenario.data.source.name}' is {task.called}", "clients.train.loss"
-        )
+    for place, loss in _losses(scenario):
+        tasks = REGISTRY.get("loss", loss.name).meta.get("tasks")
+        if tasks is not None and task.kind not in tasks:
+            raise InputError(f"'{loss.name}' is for {' and '.join(tasks)}; '{scenario.data.source.name}' is {task.called}", place)
     module = _module(scenario, data)
     facts.append(f"model '{scenario.model.name}': {sum(p.numel() for p in module.parameters()):,} parameters")
     skipped = must_fit(scenario, data, module)
@@ -188,10 +186,16 @@ def _fits(scenario: Scenario, data: FederatedData, facts: list[str]) -> nn.Modul
     return module
 
 
+def _losses(scenario: Scenario) -> list[tuple[str, Ref]]:
+    """Return (place, loss) of every loss that clients minimise in the scenario and its sweep."""
+    swept = scenario.sweep.strategies if scenario.sweep is not None else {}
+    own = [(f"sweep.strategies.{label}.loss", strategy.loss) for label, strategy in swept.items() if strategy.loss is not None]
+    return [("clients.train.loss", scenario.clients.train.loss or Ref(name="cross-entropy")), *own]
+
+
 def _module(scenario: Scenario, data: FederatedData) -> nn.Module:
-    """Return the model after trying it, and the loss, on two samples."""
+    """Return the model after trying it, and every loss, on two samples."""
     name, task = scenario.model.name, data.task
-    loss = scenario.clients.train.loss or Ref(name="cross-entropy")
     try:
         module = build_model(name, scenario.model.params, task, scenario.seed)
         with torch.no_grad():
@@ -203,10 +207,11 @@ def _module(scenario: Scenario, data: FederatedData) -> nn.Module:
     wanted = [len(data.x[:2]), *(task.shape if task.kind == "characters" else ()), task.classes]
     if list(output.shape) != wanted:
         raise InputError(f"'{name}' returns {list(output.shape)} for two samples, not {wanted}", "model")
-    try:
-        value = REGISTRY.make("loss", loss.name, loss.params)(output, data.y[:2])
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        raise InputError(f"'{loss.name}' fails on the model's output: {error}", "clients.train.loss") from None
-    if value.dim() != 0:
-        raise InputError(f"'{loss.name}' returns {list(value.shape)}, not a scalar", "clients.train.loss")
+    for place, loss in _losses(scenario):
+        try:
+            value = REGISTRY.make("loss", loss.name, loss.params)(output, data.y[:2])
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            raise InputError(f"'{loss.name}' fails on the model's output: {error}", place) from None
+        if value.dim() != 0:
+            raise InputError(f"'{loss.name}' returns {list(value.shape)}, not a scalar", place)
     return module

@@ -276,6 +276,7 @@ class StrategySpec(Spec):
         repairs: what it does to the model after the last round, one after another.
         privacy: how it protects the clients from whoever sees the models; in the file also at the top, as `[privacy]`.
         behaviour: what honest clients do beside this strategy, in place of `clients.behaviour`; for the entries of a sweep.
+        loss: what clients minimise beside it, in place of `clients.train.loss`; for the entries of a sweep.
     """
 
     filters: list[Ref] = Field(default_factory=list)
@@ -286,6 +287,7 @@ class StrategySpec(Spec):
     repairs: list[Ref] = Field(default_factory=list)
     privacy: PrivacySpec | None = None
     behaviour: Ref | None = None
+    loss: Ref | None = None
 
     @property
     def label(self) -> str:

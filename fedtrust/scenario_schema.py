@@ -44,6 +44,7 @@ def build() -> Json:
     parts["StrategySpec"]["properties"] |= {"filters": _many("filter"), "steps": _many("step"), "repairs": _many("repair")}
     made["properties"]["privacy"] = parts["StrategySpec"]["properties"]["privacy"]
     _link(parts["StrategySpec"], "behaviour", "behaviour")
+    _link(parts["StrategySpec"], "loss", "loss")
     parts["ClipSpec"] = {"anyOf": [{"type": "number"}, parts["ClipSpec"]]}  # a bare number will do
     parts["ReleaseSpec"]["properties"]["defences"] = _many("answer")
     _train(parts["TrainSpec"])

@@ -93,6 +93,7 @@ def _strategy(strategy: StrategySpec) -> dict[str, Any]:
         "repairs": [ref(r) for r in strategy.repairs],
         "privacy": None if strategy.privacy is None else _given(strategy.privacy),
         "behaviour": None if strategy.behaviour is None else ref(strategy.behaviour),
+        "loss": None if strategy.loss is None else ref(strategy.loss),
     }
 
 

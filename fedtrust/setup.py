@@ -347,12 +347,15 @@ def threat_cards(setup: Setup) -> list[dict[str, Any]]:
     always = system is not None and system.attackers_always_available
     for spec, group in zip(setup.scenario.attackers, setup.roster.groups, strict=True):
         entry = entry_of("behaviour", spec.behaviour, setup.scenario)
+        bad = not group.behaviour.protects
+        role = ("malicious client" if group.knowledge == "own" else "colluding malicious clients") if bad else "client that protects itself"
         cards.append(
             {
                 "behaviour": group.name,
                 "paper": str(entry.meta.get("paper", "")),
                 "summary": entry.summary,
-                "role": "malicious client" if group.knowledge == "own" else "colluding malicious clients",
+                "role": role,
+                "malicious": bad,
                 "knowledge": group.knowledge,
                 "capability": [*capabilities(type(group.behaviour)), *(["availability"] if always else [])],
                 "clients": list(group.members),

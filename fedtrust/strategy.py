@@ -143,17 +143,29 @@ class FedTrustStrategy(Strategy):
     def _rngs(self, server_round: int) -> Callable[[str], torch.Generator]:
         return lambda place: self._rng(place, server_round)
 
-    def preview(self, server_round: int, params: Tensor) -> Callable[[Tensor], Tensor]:
-        """Return the server's rule of this round as a function `updates [n, d] -> delta [d]`, for an attacker who is granted it.
+    def preview(self, server_round: int, params: Tensor) -> Callable[..., Tensor]:
+        """Return the server's rule of this round, for an attacker who is granted it: `(updates [n, d], clients) -> delta [d]`.
 
-        It uses the rule's current state and does not change it; every update counts as one sample.
+        It uses what the rule carries from the rounds before and does not change it. `clients` says whose updates these are, in the
+        order of the rows: they then come before the rule as the server sorts and weighs them. Without, they are nobody's, and count as
+        one sample each.
         """
 
-        def defence(updates: Tensor) -> Tensor:
-            ctx = self._context(server_round, params, torch.ones(len(updates)), (), asked=len(updates), private="guessed")
-            return self._pipeline(updates.clone(), ctx, self.states, self._rngs(server_round)).delta
+        def defence(updates: Tensor, clients: Sequence[int] = ()) -> Tensor:
+            rows, ctx = self._guessed(server_round, params, updates, clients)
+            return self._pipeline(rows, ctx, self.states, self._rngs(server_round)).delta
 
         return defence
+
+    def _guessed(self, server_round: int, params: Tensor, updates: Tensor, clients: Sequence[int]) -> tuple[Tensor, AggContext]:
+        """Return the rows of a preview as the server would have them, and its context."""
+        if not clients:
+            return updates.clone(), self._context(server_round, params, torch.ones(len(updates)), (), asked=len(updates), private="guessed")
+        order = sorted(range(len(clients)), key=lambda row: clients[row])
+        named = tuple(clients[row] for row in order)
+        weights = torch.tensor([float(self._registered[c]) for c in named])
+        asked = max(len(self.sent), len(named))
+        return updates[order].clone(), self._context(server_round, params, weights, named, asked=asked, private="guessed")
 
     def _context(
         self, server_round: int, params: Tensor, weights: Tensor, clients: tuple[int, ...], *, asked: int = 0, private: str = "private"

@@ -111,9 +111,10 @@ def crafting_view(
     knowledge: Knowledge,
     memory: ClientMemory,
     others: Tensor,
-    defence: Callable[[Tensor], Tensor] | None,
+    defence: Callable[..., Tensor] | None,
     cohort: int,
     purpose: str = "craft",
+    honest: Sequence[int] = (),
 ) -> View:
     """Return what a coalition knows when it decides what to send.
 
@@ -126,9 +127,11 @@ def crafting_view(
         knowledge: what the scenario grants.
         memory: what the coalition remembers; it may write to it.
         others: the honest updates of this round [m, d]; passed on from `omniscient` on, as a copy.
-        defence: the server's rule; passed on with `omniscient+defence`.
+        defence: the server's rule `(updates, clients) -> delta`; passed on with `omniscient+defence`, and with it what the server knows of
+            the senders: updates of as many rows as `others` and the coalition have together are taken for theirs, in this order.
         cohort: how many clients were asked this round.
         purpose: what its randomness depends on beside round and coalition.
+        honest: whose updates `others` are.
     """
     ids = tuple(m.client for m in members)
 
@@ -138,6 +141,10 @@ def crafting_view(
 
     def private(what: str, *counters: int) -> np.random.Generator:
         return seeds.stream(world.seed, f"private/{purpose}/{what}", round_number, ids[0], *counters)
+
+    def rule(updates: Tensor) -> Tensor:
+        senders = (*honest, *ids)
+        return defence(updates, senders if len(updates) == len(senders) else ())  # type: ignore[misc]  # only granted where there is one
 
     sees_all = at_least(knowledge, "omniscient")
     return View(
@@ -158,7 +165,7 @@ def crafting_view(
         targets=_pair(members[0].targets),
         data=own_data,
         others=others.clone() if sees_all else None,
-        defence=defence if at_least(knowledge, "omniscient+defence") else None,
+        defence=rule if defence is not None and at_least(knowledge, "omniscient+defence") else None,
         private=private,
     )
 

@@ -119,8 +119,8 @@ def foolsgold(
 
     Where the paper is silent or code differs: v is taken once, before pardoning; a client is not compared with itself; negative
     similarities count as 0; α = 1 goes to 1 (the authors' code puts 0.99 in its place). If all are as similar as can be, 0 ÷ 0, nobody
-    stands out and all count the same. A client's first rounds are judged by what there is. An attacker's preview knows no client ids, so
-    it judges the updates without their history.
+    stands out and all count the same. A client's first rounds are judged by what there is. Rows that are
+    nobody's (an attacker's trial with more or fewer of them) are judged without a history.
     """
     where = torch.cat([torch.arange(part.start, part.stop) for part in (ctx.layout.slices[name] for name in output_layer(ctx.layout))])
     seen = updates if features == "all" else updates[:, where]

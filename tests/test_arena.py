@@ -118,14 +118,16 @@ def test_lost_accuracy_is_counted_where_both_played() -> None:
 
 
 def test_who_is_shut_out() -> None:
+    calm = {"rare/trust": 0.0, "common/trust": 0.3}
     entries = [
-        cell(None, "krum", 0.9, means={"detection/fpr": 0.8, "rare/fpr": 1.0, "common/fpr": 0.7, "rare/trust": 0.0, "common/trust": 0.3}),
+        cell(None, "krum", 0.9, means={"detection/fpr": 0.8, "detection/excluded-honest": 0.3, "rare/fpr": 1.0, "common/fpr": 0.7} | calm),
         cell("noise", "krum", 0.9, means={"detection/fpr": 0.6, "rare/fpr": 0.9, "common/fpr": 0.5}),
         cell("noise", "mean", 0.5),
         cell("zero", "krum", 0.5, status="failed", means={"rare/fpr": 0.0}),
     ]
     found = judge(entries).excluded
     assert found["krum"].honest == pytest.approx(0.7)
+    assert found["krum"].out == pytest.approx(0.3)
     assert found["krum"].gap == pytest.approx(0.95 - 0.6)
     assert (found["krum"].rare_trust, found["krum"].common_trust) == (0.0, 0.3)
     assert found["mean"].gap is None

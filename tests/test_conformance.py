@@ -236,6 +236,7 @@ ROWS: dict[str, Row] = {
     "partition/dirichlet": Row({"data": {"partition": {"kind": "dirichlet", "alpha": 0.3}}}),
     "partition/pathological": Row({"data": {"partition": {"kind": "pathological", "alpha": None}}}),
     "partition/shards": Row({"data": {"partition": {"kind": "shards", "alpha": None}}}),
+    "partition/gamma-similarity": Row({"data": {"partition": {"kind": "gamma-similarity", "alpha": None}}}),
     "partition/quantity-skew": Row({"data": {"partition": {"kind": "quantity-skew"}}}),
     "feature-skew/rotation": Row({"data": {"feature_skew": {"kind": "rotation"}}}),
     "feature-skew/noise": Row({"data": {"feature_skew": {"kind": "noise"}}}),

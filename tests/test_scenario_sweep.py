@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import pytest
@@ -365,3 +367,44 @@ def test_the_lecture_table_claims_what_the_lecture_does() -> None:
     assert [rule for (column, rule), outcome in said.items() if column == "model poisoning" and outcome == "copes"] == ["RFA"]
     assert len(table.cells()) == 8 * 3 * 3 * (1 + 4 * 4)
     assert not any(cell.refused for cell in table.cells())
+
+
+def test_each_strategy_may_have_clients_minimise_a_loss_of_its_own(tmp_path: Path) -> None:
+    """The cells differ in the loss and in nothing else; what is written out reads back the same."""
+    losses = {"plain": {}, "GCE": {"loss": {"name": "gce", "q": 0.3}}, "SCE": {"loss": "sce"}}
+    given = {"title": "t", "rounds": 1, "model": "logistic", "clients": {"count": 4}, "data": {"source": {"name": "digits", "limit": 300}}}
+    made = parse({**given, "sweep": {"strategies": losses}})
+    cells = {cell.labels["strategies"]: cell.scenario for cell in made.cells()}
+    found = {label: cell.clients.train.loss for label, cell in cells.items()}
+    assert {label: loss.name for label, loss in found.items() if loss} == {"plain": "cross-entropy", "GCE": "gce", "SCE": "sce"}
+    assert found["GCE"] is not None
+    assert found["GCE"].params["q"] == 0.3
+    assert [cell.strategy.loss for cell in cells.values()] == [None, None, None]
+    alone = parse({**given, "clients": {"count": 4, "train": {"loss": {"name": "gce", "q": 0.3}}}})
+    assert cells["GCE"].model_dump() == alone.model_dump()
+    path = tmp_path / "resolved.toml"
+    path.write_text(made.resolved_toml())
+    assert load(path) == made
+
+
+@pytest.mark.parametrize(
+    ("changes", "where", "said"),
+    [
+        ({"sweep": {"strategies": {"a": {"loss": "gcee"}}}}, "sweep.strategies.a.loss", "did you mean 'gce'"),
+        ({"sweep": {"strategies": {"a": {"loss": {"name": "gce", "p": 1}}}}}, "sweep.strategies.a.loss", "has no parameter 'p'"),
+        ({"strategy": {"loss": "gce"}}, "strategy.loss", "here set clients.train.loss"),
+    ],
+)
+def test_a_loss_of_a_strategy_that_cannot_be_is_refused(changes: dict[str, Any], where: str, said: str) -> None:
+    given = {"title": "t", "rounds": 1, "model": "logistic", "clients": {"count": 4}, "data": {"source": {"name": "digits", "limit": 300}}}
+    with pytest.raises(InputError, match=re.escape(said)) as refused:
+        parse({**given, **changes})
+    assert refused.value.where.startswith(where)
+
+
+def test_a_loss_of_a_strategy_must_suit_the_task(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = BASE.replace('mean = "mean"', 'mean = { loss = "gce" }').replace('{ name = "digits", limit = 300 }', '"diabetes"')
+    path = tmp_path / "s.toml"
+    path.write_text(text)
+    assert main(["check", str(path)]) == 2
+    assert "sweep.strategies.mean.loss" in capsys.readouterr().err

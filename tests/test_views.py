@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -110,8 +111,23 @@ def test_the_levels_of_knowledge_include_each_other() -> None:
     assert [[views.at_least(a, b) for b in KNOWLEDGE] for a in KNOWLEDGE] == [[j <= i for j in range(4)] for i in range(4)]
 
 
-def test_the_defence_is_handed_on_as_it_is() -> None:
-    assert crafting("omniscient+defence", 0).defence is defence
+def test_the_defence_is_told_whose_rows_it_is_shown() -> None:
+    """The honest clients' first, then the coalition's; any other number of rows is nobody's."""
+    asked: list[tuple[int, tuple[int, ...]]] = []
+
+    def rule(updates: Tensor, clients: tuple[int, ...] = ()) -> Tensor:
+        asked.append((len(updates), clients))
+        return updates.sum(0)
+
+    def granted_rule(knowledge: Knowledge) -> Callable[[Tensor], Tensor] | None:
+        return views.crafting_view(WORLD, 4, PARAMS, {}, [member(0), member(2)], knowledge, {}, OTHERS, rule, 9, honest=(1, 3)).defence
+
+    shown = granted_rule("omniscient+defence")
+    assert shown is not None
+    assert torch.equal(shown(torch.ones(4, 15)), torch.full((15,), 4.0))
+    shown(torch.ones(3, 15))
+    assert asked == [(4, (1, 3, 0, 2)), (3, ())]
+    assert granted_rule("omniscient") is None
 
 
 def test_the_coalition_writes_to_its_memory_and_draws_from_its_own_source() -> None:

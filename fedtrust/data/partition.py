@@ -143,6 +143,36 @@ def shards(labels: IntArray, clients: int, rng: np.random.Generator, *, shards_p
     return _sorted([np.concatenate([pieces[i] for i in row]) for row in dealt])
 
 
+@partition(
+    "gamma-similarity",
+    paper="Gonzalez, Guerraoui, Pinot, Rizk, Stephan and Taiani (ByzFL), arXiv:2505.24802, 2025 (gamma_similarity_niid), "
+    "after Karimireddy et al. (SCAFFOLD), ICML 2020, section 7 (s % similarity)",
+)
+def gamma_similarity(
+    labels: IntArray, clients: int, rng: np.random.Generator, *, gamma: Annotated[float, Field(ge=0, le=1)] = 0.5
+) -> list[IntArray]:
+    """Label skew: the share gamma of the samples is dealt IID, the rest is sorted by label and cut in order; 1 is IID, 0 is sorted.
+
+    Client 0 gets the first piece of the sorted part, and so on: with as many clients as classes, one class each. Every sample is used;
+    sizes differ by one at most (in ByzFL by two: there both parts give their remainders to the first clients).
+
+    Args:
+        labels: class of each sample, [n].
+        clients: number of clients.
+        rng: where the draws come from.
+        gamma: the share that is dealt IID, ⌊gamma · n⌋ samples.
+
+    Raises:
+        InputError: more clients than samples.
+    """
+    _check_room(len(labels), clients, 1)
+    shuffled = rng.permutation(len(labels))
+    alike, rest = np.split(shuffled, [int(gamma * len(labels) + 1e-9)])  # int(0.29 · 100) is 28
+    ordered = rest[np.argsort(labels[rest], kind="stable")]
+    even = np.array_split(alike, clients)[::-1]  # its remainder goes to the last clients, that of the sorted part to the first
+    return _sorted([np.concatenate(both) for both in zip(even, np.array_split(ordered, clients), strict=True)])
+
+
 @partition("natural", paper="Caldas et al., LEAF, arXiv 1812.01097, section 3 (the writer of a sample is its client)")
 def natural(labels: IntArray, clients: int, rng: np.random.Generator) -> list[IntArray]:
     """Give each group of samples (the author of a text; where there are none, each class) to one client, whole.

@@ -30,7 +30,7 @@ from fedtrust.engine.world import World
 from fedtrust.errors import RunError
 from fedtrust.registry import REGISTRY
 
-Defence = Callable[[Tensor], Tensor]
+Defence = Callable[..., Tensor]
 Targets = tuple[Tensor, Tensor] | None
 
 #: The hooks that run where the client is.
@@ -84,7 +84,7 @@ class CohortGrid(Grid):
         Args:
             round_number: the round, from 1.
             cohort: who can be reached.
-            defence: the server's rule, for those who are granted it.
+            defence: the server's rule `(updates, clients) -> delta`, for those who are granted it.
             plan: who will not reply in time and is not trained, and who does only part of the work.
             sums: how updates may be added up where they are made; `None`: the server's rule wants to see each.
             watched: whether somebody looks at each update even so.
@@ -153,7 +153,7 @@ class CohortGrid(Grid):
             if not members or not overrides(group.behaviour, "agree"):
                 continue
             known = self._memory(str(place), group.behaviour)
-            view = self._coalition_view(group.knowledge, members, known, torch.zeros(0, self._world.layout.size), "agree")
+            view = self._coalition_view(group.knowledge, members, known, (), torch.zeros(0, self._world.layout.size), "agree")
             try:
                 threads.within(self._deadline, functools.partial(group.behaviour.agree, view))
                 views.check_memory(view.memory, known)
@@ -166,8 +166,10 @@ class CohortGrid(Grid):
             ready = [o._replace(task=o.task._replace(shared=shared)) if o.task.client in clients else o for o in ready]
         return ready, failed
 
-    def _coalition_view(self, knowledge: Knowledge, party: Sequence[Order], known: ClientMemory, others: Tensor, purpose: str) -> View:
-        """Return what a coalition knows; it may write on a copy of what it remembers."""
+    def _coalition_view(
+        self, knowledge: Knowledge, party: Sequence[Order], known: ClientMemory, honest: Sequence[int], others: Tensor, purpose: str
+    ) -> View:
+        """Return what a coalition knows; it may write on a copy of what it remembers. `others` are the updates of the clients `honest`."""
         return views.crafting_view(
             self._world,
             self._round,
@@ -180,6 +182,7 @@ class CohortGrid(Grid):
             self._defence,
             len(self._cohort),
             purpose,
+            honest,
         )
 
     def _owner(self, client: int) -> str:
@@ -258,7 +261,7 @@ class CohortGrid(Grid):
         nothing = torch.zeros(0, self._world.layout.size)
         for order in crafting:
             if guided[order.task.client] is None:
-                self._craft_party(None, [order], rows, nothing, faults)
+                self._craft_party(None, [order], rows, (), nothing, faults)
         parties: list[tuple[Group, list[Order]]] = []
         for order in crafting:
             group = guided[order.task.client]
@@ -269,20 +272,26 @@ class CohortGrid(Grid):
                 parties.append((group, [order]))
             else:
                 party.append(order)
-        honest = [rows[c] for c, group in acting.items() if group is None and c in rows]
+        honest = [c for c, group in acting.items() if group is None and c in rows]
         sees = any(views.at_least(group.knowledge, "omniscient") for group, _ in parties)
-        others = torch.stack(honest) if sees and honest else nothing
+        others = torch.stack([rows[c] for c in honest]) if sees and honest else nothing
         for group, party in parties:
-            self._craft_party(group, party, rows, others, faults)
+            self._craft_party(group, party, rows, honest, others, faults)
 
     def _craft_party(
-        self, group: Group | None, party: list[Order], rows: dict[int, Tensor], others: Tensor, faults: dict[int, str]
+        self,
+        group: Group | None,
+        party: list[Order],
+        rows: dict[int, Tensor],
+        honest: Sequence[int],
+        others: Tensor,
+        faults: dict[int, str],
     ) -> None:
         knowledge: Knowledge = "own" if group is None else group.knowledge
         client, behaviour = party[0].task.client, party[0].task.behaviour
         keeper = f"{self._owner(client)}/{client}" if knowledge == "own" else self._owner(client)
         known = self._memory(keeper, behaviour)
-        view = self._coalition_view(knowledge, party, known, others, "craft")
+        view = self._coalition_view(knowledge, party, known, honest, others, "craft")
         given = torch.stack([rows[o.task.client] for o in party])
         try:
             crafted = threads.within(self._deadline, lambda: behaviour.craft(given.clone(), view))

@@ -76,8 +76,9 @@ class Roster:
         return tuple(played(group.behaviour, self.honest) for group in self.groups)
 
     def malicious(self, round_number: int | None = None) -> set[int]:
-        """Return the recruited clients; with a round, those that act in it."""
-        return {c for g in self.groups if round_number is None or g.active(round_number) for c in g.members}
+        """Return the recruited clients; with a round, those that act in it. Who only protects itself is none of them."""
+        attacking = [g for g in self.groups if not g.behaviour.protects and (round_number is None or g.active(round_number))]
+        return {c for g in attacking for c in g.members}
 
 
 def recruits(count: int, share: float | None, number: int | None) -> int:

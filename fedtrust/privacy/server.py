@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -118,13 +118,13 @@ class PrivateStrategy(FedTrustStrategy):
         self._set_clip()
         return flower.FlatRecord(self._params + self.outcome.delta, self._layout), MetricRecord()
 
-    def preview(self, server_round: int, params: Tensor) -> Callable[[Tensor], Tensor]:
+    def preview(self, server_round: int, params: Tensor) -> Callable[..., Tensor]:
         """Return the server's rule of this round without its noise, which nobody else knows; see `FedTrustStrategy.preview`."""
         clipped = super().preview(server_round, params)
 
-        def defence(updates: Tensor) -> Tensor:
-            mean = clipped(updates) * len(updates) / self.mechanism.sampler.per_round
-            ctx = self._context(server_round, params, torch.ones(len(updates)), (), asked=len(updates), private="guessed")
+        def defence(updates: Tensor, clients: Sequence[int] = ()) -> Tensor:
+            mean = clipped(updates, clients) * len(updates) / self.mechanism.sampler.per_round
+            _, ctx = self._guessed(server_round, params, updates, clients)
             return self._whole.finish(mean, None, ctx, self.states, self._rngs(server_round)).delta
 
         return defence

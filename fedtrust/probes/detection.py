@@ -10,6 +10,9 @@ from torch import Tensor
 
 from fedtrust.probes.base import ProbeContext, Result, need, probe, share
 
+#: Trust at or below this is none: the update was left out.
+NONE = 1e-6
+
 
 @probe("detection")
 def detection(ctx: ProbeContext, *, threshold: Annotated[float, Field(gt=0, le=1)] = 0.5) -> Result:
@@ -19,7 +22,8 @@ def detection(ctx: ProbeContext, *, threshold: Annotated[float, Field(gt=0, le=1
     attacks: then only false alarms can be counted. The AUC is that of Mann and Whitney, ties counting half.
 
     Where trust is a clipping factor, an update that is clipped to less than `threshold` of its length counts as distrusted although it is
-    used: a boosted backdoor that passes FLAME or DeepSight is then "found". A `threshold` of 1e-6 counts only who is left out.
+    used: a boosted backdoor that passes FLAME or DeepSight is then "found". So `excluded` is the share of the attackers whose updates were
+    left out altogether (trust 0), and `excluded-honest` that of the honest clients.
     """
     truth = need(ctx.truth, "the ground truth")
     if ctx.trust is None or not ctx.clients:
@@ -29,8 +33,10 @@ def detection(ctx: ProbeContext, *, threshold: Annotated[float, Field(gt=0, le=1
     result: dict[str, float] = {}
     if bool((~bad).any()):
         result["detection/fpr"] = share(flagged[~bad])
+        result["detection/excluded-honest"] = share(ctx.trust[~bad] <= NONE)
     if bool(bad.any()):
         result["detection/recall"] = share(flagged[bad])
+        result["detection/excluded"] = share(ctx.trust[bad] <= NONE)
         if bool(flagged.any()):
             result["detection/precision"] = share(bad[flagged])
         if bool((~bad).any()):

@@ -204,14 +204,14 @@ def _excluded(found: arena.Arena) -> dict[str, Any] | None:
     rows = []
     for e in sorted(known, key=lambda e: (-(e.gap if e.gap is not None else -2.0), -(e.honest or 0.0))):
         gap = "–" if e.gap is None else f"{100 * e.gap:+.1f} points".replace("-", "−")
-        values = [_share(e.honest), _share(e.rare), _share(e.common), gap]
+        values = [_share(e.honest), _share(e.out), _share(e.rare), _share(e.common), gap]
         values += ["–" if trust is None else f"{trust:.2f}" for trust in (e.rare_trust, e.common_trust)]
         rows.append({"name": e.defence, "values": values})
     blind = len(found.excluded) - len(known)
-    columns = ["Honest distrusted", "Rare", "Others", "Rare minus others", "Trust in rare", "Trust in others"]
+    columns = ["Honest distrusted", "Left out", "Rare", "Others", "Rare minus others", "Trust in rare", "Trust in others"]
     note = (
-        "Shares of honest clients whom a defence trusts by less than half, over all rounds and cells. Rare: the quarter of the clients "
-        "whose labels are furthest from those of all clients together (total-variation distance)."
+        "Shares of honest clients whom a defence trusts by less than half, over all rounds and cells; left out: not at all. Rare: the "
+        "quarter of the clients whose labels are furthest from those of all clients together (total-variation distance)."
     )
     return {"columns": columns, "rows": rows, "note": note + (f" {blind} more have no notion of trust." if blind else "")}
 

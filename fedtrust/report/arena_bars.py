@@ -11,8 +11,8 @@ from fedtrust.arena import Standing
 from fedtrust.report.svg import WIDTH, clipped, drawing, el, text
 
 _ROW, _HEAD = 18.0, 34.0
-_RANK, _NAME, _LEFT, _RIGHT = 20.0, 26.0, 156.0, 300.0
-_LETTERS = 18
+_RANK, _NAME, _LEFT, _RIGHT = 20.0, 26.0, 190.0, 306.0
+_LETTERS = 24
 
 
 def ranking(title: str, side: Sequence[Standing]) -> Markup:

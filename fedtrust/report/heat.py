@@ -20,8 +20,14 @@ OUTCOMES: dict[verdict.Outcome, tuple[str, str, int]] = {  # sign, word, heat
 }
 
 
+#: What is left of a backdoor when its attack has ended: of the probe `durability`.
+AT_STOP, LIFESPAN, OUTLIVED = "durability/at-stop", "durability/lifespan", "durability/outlived"
+_LASTING = {AT_STOP: "Attack success in the attack's last round", LIFESPAN: "How many rounds longer the backdoor worked"}
+_UNITS = {verdict.ACCURACY: "share of test samples", verdict.SUCCESS: "share of attacked inputs", AT_STOP: "share of attacked inputs"}
+
+
 def heat_maps(matrix: Matrix) -> list[dict[str, Any]]:
-    """Lay out attack × strategy for every partition: who won, accuracy, attack success, and what observers found out.
+    """Lay out attack × strategy for every partition: who won, accuracy, attack success and how long it lasts, what observers found out.
 
     The loss stands there where neither accuracy nor success is known.
     """
@@ -39,6 +45,7 @@ def heat_maps(matrix: Matrix) -> list[dict[str, Any]]:
         metrics = [name for name in (verdict.ACCURACY, verdict.SUCCESS) if name in have] or [
             name for name in (verdict.LOSS,) if name in have
         ]
+        metrics += [name for name in _LASTING if name in have]
         tables += [_heat(matrix, partition, metric) for metric in [*metrics, *findings.measures(have)[:_MOST_GUESSES]]]
         maps.append({"title": partition if len(summary.axes.partitions) > 1 else "", "tables": tables})
     return [entry for entry in maps if entry["tables"]]
@@ -78,19 +85,22 @@ def _heat(matrix: Matrix, partition: str, metric: str) -> dict[str, Any]:
         if cell.partitions == partition:
             groups.setdefault((cell.attackers, cell.strategies), []).append(cell)
     values = [value for cells in groups.values() if (value := verdict.mean(cells, metric)) is not None]
-    low, high = (0.0, 1.0) if share else _ENDS.get(metric.rpartition("/")[2], (min(values, default=0.0), max(values, default=1.0)))
+    ends = (0.0 if metric == LIFESPAN else min(values, default=0.0), max(values, default=1.0))
+    low, high = (0.0, 1.0) if share else _ENDS.get(metric.rpartition("/")[2], ends)
     better_high = metric == verdict.ACCURACY
     rows = []
     for attack in summary.axes.attackers:
         cells = [_heat_cell(groups.get((attack, strategy), []), metric, (low, high), better_high) for strategy in summary.axes.strategies]
-        if metric != verdict.SUCCESS or any(cell["value"] != "–" for cell in cells):
+        if metric not in (verdict.SUCCESS, *_LASTING) or any(cell["value"] != "–" for cell in cells):
             none = verdict.is_none(attack, summary.threats)
             rows.append({"name": "no attack" if none else attack, "cells": cells})
     ends = (high, low) if better_high else (low, high)
-    unit = {verdict.ACCURACY: "share of test samples", verdict.SUCCESS: "share of attacked inputs"}.get(metric, "")
+    unit = _UNITS.get(metric, "")
     spread = "± is the standard deviation over the seeds. " if len(summary.axes.seeds) > 1 else ""
     note = f"{spread}{'Higher is better for the defender.' if better_high else 'Lower is better for the defender.'}"
-    title = f"{metric_title(metric)}{f' ({unit}, %)' if unit and share else ' (%)' if share else ''}"
+    if metric == LIFESPAN:
+        note += " 0: it no longer worked one round later, or never did; ≥: it still worked at the end (with some seed)."
+    title = f"{_LASTING.get(metric, metric_title(metric))}{f' ({unit}, %)' if unit and share else ' (%)' if share else ''}"
     return {
         "title": title,
         "columns": summary.axes.strategies,
@@ -111,7 +121,13 @@ def _heat_cell(cells: list[Cell], metric: str, ends: tuple[float, float], better
         return {"value": "–", "note": broken[0].status if broken else "", "heat": 0, "failed": bool(broken), "hint": why}
     share = (fmean(known) - ends[0]) / ((ends[1] - ends[0]) or 1.0)
     bad = min(max(1 - share if better_high else share, 0.0), 1.0)
-    notes = [f"± {shown(metric, stdev(known)).removesuffix(' %')}"] if len(known) > 1 else []
+    notes = [f"± {_rounded(metric, stdev(known))}"] if len(known) > 1 else []
     notes += [f"{len(broken)} of {len(cells)} failed"] if broken else []
     printed = f"{100 * fmean(known):.1f}" if is_share(metric) else shown(metric, fmean(known))
+    if metric == LIFESPAN and any(cell.metrics.get(OUTLIVED) for cell in cells):
+        printed = f"≥ {printed}"
     return {"value": printed, "note": ", ".join(notes), "heat": int(10 * bad + 1e-9), "failed": False, "hint": why}
+
+
+def _rounded(metric: str, value: float) -> str:
+    return f"{value:.2g}" if metric == LIFESPAN else shown(metric, value).removesuffix(" %")

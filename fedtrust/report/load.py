@@ -69,6 +69,7 @@ class Threat(_Record):
     share: Number = None
     rounds: Any = None
     params: Table = {}
+    malicious: Annotated[bool, _or_empty(lambda: True)] = True  # no: clients that depart from the protocol to protect themselves
     goal: Text = ""  # what attack success counts, as in "triggered inputs go to class 2"; "" where the record does not say
 
 

@@ -50,7 +50,7 @@ def matrix_page(matrix: Matrix) -> dict[str, Any]:
         "verdict_more": more,
         "alerts": _matrix_alerts(matrix),
         "claims": claims.section(matrix),
-        "arena": ranked,
+        "arena": ranked and {**ranked, "lead": [words for words in ranked["lead"] if words not in said]},
         "frontier": frontier.section(matrix),
         "heat": heat_maps(matrix),
         "curves": groups,
@@ -139,7 +139,9 @@ def _matrix_threats(matrix: Matrix) -> list[dict[str, Any]]:
         runs = [matrix.runs[c.cell] for c in matrix.summary.cells if c.attackers == attack and c.cell in matrix.runs]
         clients = max((population(run) for run in runs), default=0)
         assumed = next((run.summary.assumed_malicious for run in runs if run.summary.assumed_malicious is not None), None)
-        bad = len({c for threat in threats for c in threat.clients}) or max((len(run.malicious) for run in runs), default=0)
+        bad = len({c for threat in threats if threat.malicious for c in threat.clients}) or max(
+            (len(run.malicious) for run in runs), default=0
+        )
         if threats:
             groups.append({"title": attack, "cards": [threat_card(threat, clients, assumed, bad) for threat in _distinct(threats)]})
     return groups[:30]

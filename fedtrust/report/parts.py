@@ -25,7 +25,7 @@ _SHARE_FAMILIES = (
     "recall/", "client-accuracy/", "detection/", "rare/", "common/", "attack-success/", "dpa-certificate/", "crfl-certificate/",
 )  # fmt: skip
 #: Of what a guess is worth: samples that came out exactly, labels that are right, answers that agree with the owner's, …
-_SHARE_ENDS = ("/exact", "/labels", "/fidelity", "/accuracy", "/balanced-accuracy", "/taken-for-it")
+_SHARE_ENDS = ("/exact", "/labels", "/fidelity", "/accuracy", "/balanced-accuracy", "/taken-for-it", "/at-stop", "/at-end")
 _MOST_SCENARIO, _MOST_IMAGES, _MOST_ROWS, _MOST_COLUMNS = 60_000, 24, 60, 12
 STATUS_WORDS = {"finished": "finished", "failed": "failed", "interrupted": "was interrupted", "running": "has not ended"}
 
@@ -122,7 +122,7 @@ def threat_card(threat: Threat, clients: int, assumed: float | None, malicious: 
         ("Clients", ids),
         ("Rounds", _span(threat.rounds)),
         ("Parameters", params),
-        ("Defender", defender(assumed, malicious, clients)),
+        ("Defender", defender(assumed, malicious, clients) if threat.malicious else ""),
     ]
     return {"name": threat.behaviour, "summary": threat.summary, "paper": linked(threat.paper), "facts": [(k, v) for k, v in facts if v]}
 

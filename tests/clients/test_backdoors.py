@@ -203,6 +203,8 @@ def test_colluders_of_dba_hold_bars_that_together_are_the_trigger() -> None:
     assert torch.equal(torch.stack(bars).sum(0), goal[0])  # each pixel in exactly one bar
     assert [int(bar[0].sum()) for bar in bars] == [2, 2, 2, 2]
     assert torch.equal(poisoned(behaviour, x, y, rank=5)[0], bars[1])  # the fifth begins again
+    central = make("dba", length=2, gap=1, fraction=1.0, target=0, whole=True)
+    assert all(torch.equal(poisoned(central, x, y, rank=rank)[0], goal[0]) for rank in range(2))  # with `whole`, everybody has all of it
     updates = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
     assert torch.equal(make("dba", scale=3.0).craft(updates, view()), 3 * updates)
     assert "need 4 × 10 pixels, an image has 8 × 8" in str(make("dba").check(DIGITS))

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +15,9 @@ from fedtrust.clients.unlearnable import Unlearnable
 from fedtrust.layout import Layout
 from fedtrust.models.architecture import Architecture
 from fedtrust.models.build import build
+from fedtrust.report import write
+from fedtrust.runner import run
+from fedtrust.scenario import Scenario
 from tests.clients.behaviour_kit import IMAGES, NUMBERS, make, samples, view
 
 
@@ -115,6 +121,33 @@ def test_noise_made_once_stays_and_noise_made_anew_follows_the_model() -> None:
     assert torch.equal(made, anew.poison(x, y, first)[0])
     assert torch.equal(once.poison(x, y, later._replace(memory=memory))[0], made)
     assert {name: value.shape for name, value in memory.items()} == shapes
+
+
+def test_who_protects_itself_is_an_honest_client_to_the_truth(small: Callable[..., Scenario], tmp_path: Path) -> None:
+    """Krum shuts it out: a false alarm. It is no attacker in the records, on the threat card or for the probe; a label flipper is."""
+    attackers = [{"behaviour": "unlearnable", "ids": [1, 2]}, {"behaviour": "label-flip", "ids": [4]}]
+    strategy = {"aggregator": "krum", "assumed_malicious": 1}
+    done = run(small(attackers=attackers, strategy=strategy, probes=["accuracy", "detection"]), tmp_path / "run", engine="local")
+    assert done.status == "finished"
+    rows = [json.loads(line) for line in (tmp_path / "run" / "clients.jsonl").read_text().splitlines()]
+    assert {(r["client"], r["behaviour"]) for r in rows if r["malicious"]} == {(4, "label-flip")}
+    assert {r["client"] for r in rows if r["behaviour"] == "unlearnable"} == {1, 2}
+    assert done.summary["federation"]["malicious"] == [4]
+    cards = {card["behaviour"]: card for card in done.summary["threats"]}
+    assert cards["unlearnable"]["role"] == "client that protects itself"
+    assert [cards[name]["malicious"] for name in ("unlearnable", "label-flip")] == [False, True]
+    last = [r for r in rows if r["round"] == 2]
+    out = [r for r in last if r["trust"] == 0 and r["client"] != 4]  # Krum keeps one of eight
+    assert done.summary["metrics"]["detection/excluded-honest"] == pytest.approx(len(out) / 7)
+    assert len(out) >= 6
+
+
+def test_the_report_does_not_count_it_among_the_attackers(small: Callable[..., Scenario], tmp_path: Path) -> None:
+    attackers = [{"behaviour": "unlearnable", "ids": [1, 2]}]
+    run(small(rounds=1, attackers=attackers, strategy={"assumed_malicious": 2}), tmp_path / "run", engine="local")
+    text = write(tmp_path / "run").read_text("utf-8")
+    assert "client that protects itself" in text
+    assert "there are 2" not in text
 
 
 def test_regressions_are_refused() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedtrust.data.partition import dirichlet, iid, pathological, quantity_skew, shards
+from fedtrust.data.partition import dirichlet, gamma_similarity, iid, pathological, quantity_skew, shards
 from fedtrust.engine.seeds import stream
 from fedtrust.errors import InputError
 from fedtrust.registry import REGISTRY
@@ -20,6 +21,8 @@ ALL: list[tuple[str, dict[str, Any]]] = [
     ("dirichlet", {"balance": "equal"}),
     ("pathological", {}),
     ("shards", {}),
+    ("gamma-similarity", {}),
+    ("gamma-similarity", {"gamma": 0.0}),
     ("quantity-skew", {}),
 ]
 
@@ -114,6 +117,32 @@ def test_a_small_alpha_concentrates_labels() -> None:
         assert weak < 0.13
     # in Hsu's form alpha is the sum of the parameters: 0.1 leaves nearly one class a client
     assert share_of_top_class(0.1, "equal") > 0.8
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.33, 0.66, 1.0])
+def test_gamma_similarity_deals_its_share_evenly_and_cuts_the_sorted_rest_in_order(gamma: float) -> None:
+    """ByzFL's definition: with a client a class, each holds (1 - gamma) of its own class and an even share of everything else."""
+    table = counts(gamma_similarity(LABELS, 10, stream(0, "partition"), gamma=gamma))
+    assert set(table.sum(1)) == {200}
+    sorted_part = 200 * (1 - gamma)
+    own = np.diag(table)
+    assert np.abs(own - (sorted_part + 20 * gamma)).max() <= 5 * (20 * gamma) ** 0.5 + 25 * gamma * (1 - gamma)
+    others = table[~np.eye(10, dtype=bool)].reshape(10, 9).sum(1)
+    assert others.sum() == 2000 - own.sum()
+    if gamma == 0:
+        assert (own == 200).all()
+    if gamma == 1:
+        assert np.abs(table - 20).max() < 20
+
+
+def test_gamma_similarity_sorts_what_it_does_not_deal() -> None:
+    """At gamma = 0 the clients' labels, one client after another, are in order, and every client holds as many."""
+    parts = gamma_similarity(LABELS, 7, stream(1, "partition"), gamma=0.0)
+    assert sorted({len(part) for part in parts}) == [285, 286]
+    edges = [(LABELS[part].min(), LABELS[part].max()) for part in parts]
+    assert all(last <= first for (_, last), (first, _) in pairwise(edges))
+    # five samples in two parts for four clients: nobody is left without
+    assert sorted(map(len, gamma_similarity(LABELS[:5], 4, stream(1, "partition"), gamma=0.5))) == [1, 1, 1, 2]
 
 
 def test_dirichlet_shares_have_the_moments_of_the_distribution() -> None:

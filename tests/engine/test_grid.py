@@ -122,7 +122,7 @@ def test_a_coalition_sees_what_it_was_granted(small: Small, knowledge: Knowledge
 
     seen.clear()
     grid, executor = grid_of(setup, Roster(8, honest, (Group("spy", Spy(), knowledge, (1, 4, 6), (1, 9)),)))
-    replies = ask(grid, setup, [0, 1, 2, 4, 5], defence=lambda u: u.mean(0))  # client 6 was not sampled
+    replies = ask(grid, setup, [0, 1, 2, 4, 5], defence=lambda u, clients=(): u.mean(0))  # client 6 was not sampled
     executor.close()
     for client, message in replies.items():
         expected = torch.full((setup.world.layout.size,), 2.0) if client in (1, 4) else truth[client]

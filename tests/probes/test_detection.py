@@ -25,6 +25,8 @@ def test_by_hand() -> None:
         "detection/recall": pytest.approx(2 / 3),
         "detection/fpr": pytest.approx(1 / 3),
         "detection/auc": pytest.approx(7.5 / 9),
+        "detection/excluded": pytest.approx(1 / 3),  # 0 alone: the others were used, if only a little
+        "detection/excluded-honest": 0.0,
     }
 
 
@@ -36,20 +38,33 @@ def test_trust_equal_to_the_threshold_is_trust() -> None:
         "detection/recall": 1.0,
         "detection/fpr": 0.0,
         "detection/auc": 1.0,
+        "detection/excluded": 0.0,
+        "detection/excluded-honest": 0.0,
     }
 
 
 def test_nobody_is_distrusted() -> None:
-    assert detect([1.0, 1.0, 1.0], {1}) == {"detection/recall": 0.0, "detection/fpr": 0.0, "detection/auc": 0.5}
+    found = detect([1.0, 1.0, 1.0], {1})
+    assert "detection/precision" not in found
+    assert found.pop("detection/auc") == 0.5
+    assert set(found.values()) == {0.0}
+
+
+def test_who_is_clipped_is_distrusted_and_not_left_out() -> None:
+    """Four attackers: two clipped to a tenth, one left out, one used; of the honest, one clipped, one left out, two used."""
+    found = detect([0.1, 0.1, 0.0, 1.0, 0.3, 0.0, 1.0, 1.0], {0, 1, 2, 3})
+    assert (found["detection/recall"], found["detection/excluded"]) == (0.75, 0.25)
+    assert (found["detection/fpr"], found["detection/excluded-honest"]) == (0.5, 0.25)
 
 
 def test_nobody_is_malicious() -> None:
-    assert detect([0.0, 1.0, 1.0, 1.0], set()) == {"detection/fpr": 0.25}
-    assert detect([0.0, 1.0, 1.0, 1.0], {77}) == {"detection/fpr": 0.25}  # the attacker was not among the replies
+    alarm = {"detection/fpr": 0.25, "detection/excluded-honest": 0.25}
+    assert detect([0.0, 1.0, 1.0, 1.0], set()) == alarm
+    assert detect([0.0, 1.0, 1.0, 1.0], {77}) == alarm  # the attacker was not among the replies
 
 
 def test_everybody_is_malicious() -> None:
-    assert detect([0.0, 1.0], {0, 1}) == {"detection/recall": 0.5, "detection/precision": 1.0}
+    assert detect([0.0, 1.0], {0, 1}) == {"detection/recall": 0.5, "detection/precision": 1.0, "detection/excluded": 0.5}
 
 
 def test_a_rule_without_trust_detects_nothing() -> None:

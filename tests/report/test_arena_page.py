@@ -50,7 +50,13 @@ def arena(folder: Path, attacks: tuple[str, ...] = ("none", "noise", "lies", "ba
             if attack == "none":
                 cell["clean_success"] = {"backdoor": 0.05}
             if defence == "krum":
-                cell["round_means"]["metrics"] = {"detection/fpr": 0.5, "rare/fpr": 0.9, "common/fpr": 0.4, "rare/trust": 0.1}
+                cell["round_means"]["metrics"] = {
+                    "detection/fpr": 0.5,
+                    "detection/excluded-honest": 0.2,
+                    "rare/fpr": 0.9,
+                    "common/fpr": 0.4,
+                    "rare/trust": 0.1,
+                }
             cells.append(cell)
     folder.mkdir(parents=True)
     summary = {"kind": "matrix", "title": "arena", "status": "finished", "cells": cells, "threats": {"none": []}}
@@ -100,7 +106,7 @@ def test_rankings_costs_and_who_was_shut_out(tmp_path: Path) -> None:
     assert costs[2][1:6] == ["2", "29.2\u202f%", "backdoor, 50\u202f%", "90.0\u202f%", "0.0 points"]
     assert [row[6] for row in costs[1:]] == ["0.25 s", "4 ms", "&lt; 0.1 ms"]
     shut = [words(row) for row in rows(found, text[text.index("Honest clients that were") :], "plain num")]
-    assert shut[1:] == [["krum", "50.0\u202f%", "90.0\u202f%", "40.0\u202f%", "+50.0 points", "0.10", "–"]]
+    assert shut[1:] == [["krum", "50.0\u202f%", "20.0\u202f%", "90.0\u202f%", "40.0\u202f%", "+50.0 points", "0.10", "–"]]
     assert "2 more have no notion of trust" in found.words
 
 
@@ -194,6 +200,7 @@ def test_a_large_arena_folds_its_sentences(tmp_path: Path) -> None:
     text = write(folder).read_text("utf-8")
     found = page(folder / "report.html")
     assert '<p class="headline">Rule 1 lets the least through' in text
+    assert text.count("lets the least through") == 1  # not again where the arena begins
     assert "tied with rule 2, rule 3, rule 4 and rule 5" in found.words
     assert "One seed: there are no intervals" in found.words
     folded = text[text.index("Attack by attack") :]

@@ -3,27 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 
-from fedtrust.engine import ray_start
 from fedtrust.runner import run
 from fedtrust.scenario import parse
 from tests.conftest import SMALL, merged
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # Ray's own sockets and deprecations
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _cluster() -> Iterator[None]:
-    """One Ray for the module: starting it takes longer than the tests."""
-    ray_start.start(ray_start.import_ray(), 3, None)
-    yield
-    ray.shutdown()
 
 
 PRIVATE: dict[str, Any] = {

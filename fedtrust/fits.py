@@ -59,13 +59,13 @@ def first(*asked: Fits) -> Fits:
 
 
 def within_budget(asked: Callable[[RunFacts], int]) -> Fits:
-    """Return a `fits` of a user who asks about so many samples."""
+    """Return a `fits` of a user who asks about so many samples or more."""
 
     def fits(facts: RunFacts) -> str | None:
         wanted = asked(facts)
         if facts.queries is None or wanted <= facts.queries:
             return None
-        return f"asks about {wanted} samples, and a user may ask {facts.queries} (release.queries)"
+        return f"asks about at least {wanted} samples, and a user may ask {facts.queries} (release.queries)"
 
     return fits
 

@@ -83,7 +83,9 @@ TOLD: dict[str, Any] = {"release": {"answers": "probabilities"}, "probes": ["rel
 VOTING: dict[str, Any] = {"model": {"name": "ensemble", "of": "logistic", "members": 3}, **NOISY}
 
 #: Three clients are sent a model that gives their samples away.
-PLANTED: dict[str, Any] = {"model": "mlp", "malicious_server": {"sender": "robbing-the-fed", "params": {"victims": 3}}}
+#: Edges at quantiles lie exactly on samples: which side of a ReLU such a sample is on is a matter of the last bit.
+TRAP: dict[str, Any] = {"sender": "robbing-the-fed", "params": {"victims": 3, "edges": "normal"}}
+PLANTED: dict[str, Any] = {"model": "mlp", "malicious_server": TRAP}
 BAITED: dict[str, Any] = {"malicious_server": {"sender": "fishing", "params": {"target": 1, "victims": 3}}}
 
 ROWS: dict[str, Row] = {

@@ -61,9 +61,9 @@ PROBES: list[tuple[str, list[str]]] = [
     ("[release]\nqueries = 20\n[[probes]]\nname = 'equation-solving'", ["probes[0]", "65 queries", "may ask 20"]),
     ("[[probes]]\nname = 'jacobian-augmentation'\nseeds = 181\nqueries = 400", ["probes[0]", "181 samples of its own", "has 180"]),
     ("[[probes]]\nname = 'jacobian-augmentation'\nseeds = 30\nqueries = 20", ["probes[0]", "begins with 30", "about 20 at most"]),
-    ("[release]\nqueries = 300\n[[probes]]\nname = 'loss-threshold'", ["probes[0]", "asks about 358 samples", "may ask 300"]),
-    ("[release]\nqueries = 400\n[[probes]]\nname = 'lira'", ["probes[0]", "asks about 538 samples", "may ask 400"]),
-    ("[release]\nqueries = 400\n[[probes]]\nname = 'rmia'", ["probes[0]", "asks about 538 samples", "may ask 400"]),
+    ("[release]\nqueries = 300\n[[probes]]\nname = 'loss-threshold'", ["probes[0]", "asks about at least 314 samples", "may ask 300"]),
+    ("[release]\nqueries = 400\n[[probes]]\nname = 'lira'", ["probes[0]", "asks about at least 494 samples", "may ask 400"]),
+    ("[release]\nqueries = 400\n[[probes]]\nname = 'rmia'", ["probes[0]", "asks about at least 494 samples", "may ask 400"]),
     ("[[probes]]\nname = 'dpa-certificate'", ["probes[0]", "no votes", "'ensemble'"]),
 ]
 

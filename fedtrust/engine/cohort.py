@@ -26,11 +26,11 @@ from torch.func import functional_call, grad_and_value, vmap
 from fedtrust import views
 from fedtrust.client import Behaviour, ClientMemory, Predict, View, capabilities, overrides
 from fedtrust.engine import per_sample, seeds
+from fedtrust.engine.loss_gradient import with_gradient
 from fedtrust.engine.partial import Partial, Sums, look, partial
 from fedtrust.engine.prepare import Ready, client_data, merged, prepare, said, schedule
 from fedtrust.engine.world import Path, World
 from fedtrust.interrupt import Stopped
-from fedtrust.models.losses import by_hand
 
 #: Above this many parameters a model without a fused form trains faster one at a time than under vmap on a CPU.
 LOOP_ABOVE = 1_000_000
@@ -314,7 +314,7 @@ def _vmap_gradient(world: World, behaviour: Behaviour, view: View) -> Gradient:
 
 def _fused_gradient(world: World) -> Gradient:
     """Return the gradient of the protocol's own loss, through the fused network."""
-    fused, criterion, dtype = world.fused, by_hand(world.criterion), world.dtype
+    fused, criterion, dtype = world.fused, with_gradient(world.criterion), world.dtype
     if fused is None:
         raise TypeError("this model has no fused form")
 

@@ -12,15 +12,12 @@ Gradients stay finite for any finite output: powers of probabilities are taken a
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
-from torch.func import vmap
 
 from fedtrust.registry import loss
 
@@ -47,6 +44,7 @@ def cross_entropy(output: Tensor, y: Tensor, *, label_smoothing: Annotated[float
 
 
 def _cross_entropy_by_hand(output: Tensor, y: Tensor, *, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Return the losses [k] of k models and the gradient of their sum, from output [k, b, ..., C] and y [k, b, ...]."""
     logs = F.log_softmax(output, dim=-1)
     at = y.unsqueeze(-1)
     values = -logs.gather(-1, at).squeeze(-1)
@@ -60,33 +58,7 @@ def _cross_entropy_by_hand(output: Tensor, y: Tensor, *, label_smoothing: float 
     return values.flatten(1).mean(1), slope.div_(values[0].numel())
 
 
-#: Losses whose gradient is written out, for many models at once: see `by_hand`.
-_BY_HAND: dict[object, Callable[..., tuple[Tensor, Tensor]]] = {cross_entropy: _cross_entropy_by_hand}
-
-
-def by_hand(criterion: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Return a loss for k models at once, with its gradient.
-
-    Args:
-        criterion: a loss, as a scenario names it (with its parameters bound), or any function of output and y.
-
-    Returns:
-        A function of output [k, b, …] and y [k, b, …] that returns the losses [k] and the gradient of their sum, shaped as output. Where it
-        is not written out, autograd works it out.
-    """
-    bare, bound = (criterion.func, criterion.keywords) if isinstance(criterion, functools.partial) else (criterion, {})
-    written = _BY_HAND.get(bare)
-    if written is not None:
-        return functools.partial(written, **bound)
-    mapped = vmap(criterion)
-
-    def recorded(output: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        output = output.detach().requires_grad_()
-        losses: Tensor = mapped(output, y)
-        (gradient,) = torch.autograd.grad(losses.sum(), output)
-        return losses.detach(), gradient
-
-    return recorded
+cross_entropy.by_hand = _cross_entropy_by_hand  # type: ignore[attr-defined]  # see fedtrust/engine/loss_gradient.py
 
 
 @loss("gce", tasks=_CLASSIFICATION, paper="Zhang and Sabuncu, NeurIPS 2018, section 3.2, eq. 6")

@@ -17,7 +17,7 @@ from fedtrust.models.ensemble import member_of
 from fedtrust.runner import run
 from fedtrust.scenario import Scenario
 from fedtrust.setup import build
-from tests.clients.behaviour_kit import NUMBERS, make, samples, view
+from tests.clients.behaviour_kit import NUMBERS, make, view
 
 Small = Callable[..., Scenario]
 VOTING: dict[str, Any] = {
@@ -80,8 +80,8 @@ def test_the_certificate_of_a_run(small: Small, tmp_path: Path) -> None:
     assert metrics["dpa-certificate/2"] == 0.0
 
 
-def test_a_model_that_is_no_ensemble_is_refused() -> None:
+def test_a_model_that_is_no_ensemble_is_refused(small: Small) -> None:
     with pytest.raises(InputError, match="needs the model 'ensemble' with at least two members"):
-        make("dpa").poison(*samples(view().task, 3), view())
+        build(small(**{**VOTING, "model": "logistic"}))
     assert "regression" in str(make("dpa").check(NUMBERS))
     assert make("dpa").check(view().task) is None

@@ -30,6 +30,7 @@ from fedtrust.engine.ray_actor import Worker
 from fedtrust.engine.ray_workers import RayExecutor
 from fedtrust.engine.workers import LocalExecutor, Ran
 from fedtrust.errors import InputError, RunError
+from fedtrust.models.losses import cross_entropy
 from fedtrust.runner import run
 from fedtrust.scenario import Scenario, load
 from fedtrust.server import Stage, Verdict
@@ -277,6 +278,7 @@ class DiesOnArrival:
 
     folder: str
     times: int
+    by_hand = staticmethod(cross_entropy.by_hand)  # or it would have other bits than the loss that it stands for
 
     def __call__(self, output: Tensor, y: Tensor) -> Tensor:
         return torch.nn.functional.cross_entropy(output, y)

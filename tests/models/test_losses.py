@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.func import grad, vmap
 
+from fedtrust.engine.loss_gradient import with_gradient
 from fedtrust.errors import InputError
 from fedtrust.registry import REGISTRY
 
@@ -160,3 +161,18 @@ def test_every_loss_says_which_tasks_it_is_for() -> None:
 def test_values_out_of_bounds_are_refused(name: str, params: dict[str, float]) -> None:
     with pytest.raises(InputError, match=r"Input should be (greater|less)"):
         REGISTRY.make("loss", name, params)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("text", [False, True])
+def test_the_written_out_gradient_is_autograds(smoothing: float, text: bool) -> None:
+    g = torch.Generator().manual_seed(0)
+    shape = (3, 4, 6) if text else (3, 4)
+    output, y = torch.randn(*shape, 5, generator=g), torch.randint(0, 5, shape, generator=g)
+    named = REGISTRY.make("loss", "cross-entropy", {"label_smoothing": smoothing})
+    losses, slope = with_gradient(named)(output.clone(), y)
+    wanted, expected = with_gradient(lambda o, t: named(o, t))(output.clone(), y)  # a function that nobody knows: by autograd
+    torch.testing.assert_close(losses, wanted, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(slope, expected, atol=1e-7, rtol=1e-5)
+    one = torch.stack([F.cross_entropy(o.flatten(0, -2), t.flatten(), label_smoothing=smoothing) for o, t in zip(output, y, strict=True)])
+    torch.testing.assert_close(losses, one, atol=1e-6, rtol=1e-6)

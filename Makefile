@@ -24,7 +24,7 @@ lint: $(STAMP)  ## ruff and mypy --strict
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: $(STAMP)  ## the tests (five to ten minutes on two cores)
+test: $(STAMP)  ## the tests (five to twelve minutes on two cores)
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-all: $(STAMP)  ## the slow tests as well

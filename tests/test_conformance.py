@@ -350,6 +350,7 @@ def test_every_registered_name_has_a_row() -> None:
     assert {row.split("/")[0] for row in ROWS} == set(KINDS)
 
 
+@pytest.mark.slow  # every row twice more; the engines' own tests compare bits in every `make test`
 @pytest.mark.parametrize("name", ALL)
 def test_same_seed_same_bits(name: str) -> None:
     changes = ROWS[name].changes

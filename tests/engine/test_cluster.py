@@ -85,6 +85,7 @@ def same(a: Ran, b: Ran) -> bool:
     )
 
 
+@pytest.mark.slow
 def test_workers_are_spread_over_the_nodes_and_give_the_bits_of_this_process(executor: RayExecutor, setup: Setup) -> None:
     assert not torch.cuda.is_available()
     assert executor.describe() == "ray, 2 workers on 2 nodes, 2 GPUs"
@@ -136,6 +137,7 @@ def test_jobs_side_by_side_on_two_nodes(executor: RayExecutor, setup: Setup) -> 
     assert [[same(r, expected[place]) for r in runs] for place, runs in found.items()] == [[True] * 2] * 2
 
 
+@pytest.mark.slow
 def test_a_node_that_leaves_in_the_middle_of_a_round(executor: RayExecutor, cluster: Cluster, setup: Setup, tmp_path: Path) -> None:
     """Its chunks are trained elsewhere, the sums it held are made again, and the bits are those of an undisturbed round."""
     from fedtrust.client import Behaviour

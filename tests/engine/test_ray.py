@@ -173,6 +173,7 @@ aggregator = { name = "students:norm-median", scale = 1.5 }
 """
 
 
+@pytest.mark.slow
 def test_code_from_a_loose_file_runs_on_both_engines(tmp_path: Path) -> None:
     """DESIGN's two student examples (the attack given a data and a loss hook as well, so that workers run its code)."""
     (tmp_path / "students.py").write_text(PLUGIN)
@@ -300,6 +301,7 @@ def test_a_worker_that_dies_while_it_takes_over_a_run_costs_nobody_a_round(pair:
     assert same(ran, local(setup, cut(setup)))
 
 
+@pytest.mark.slow
 def test_a_run_that_no_worker_can_take_over_ends(pair: RayExecutor, setup: Setup, tmp_path: Path) -> None:
     world = dataclasses.replace(setup.world, criterion=DiesOnArrival(str(tmp_path), 1000))
     with closing(pair.open(world)) as job, pytest.raises(RunError, match="cannot take over the run: ActorDiedError"):

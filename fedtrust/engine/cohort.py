@@ -276,7 +276,7 @@ def _train_blocks(world: World, chunk: Chunk, ready: list[Ready]) -> tuple[Tenso
 
 
 def _taken(x: Tensor, batch: Tensor) -> Tensor:
-    """Return x[batch], three times as fast."""
+    """Return x[batch]; whole samples are copied faster this way than by indexing."""
     return x.index_select(0, batch.flatten()).view(*batch.shape, *x.shape[1:])
 
 

@@ -157,7 +157,7 @@ class NativeLinear(Linear):
         return gx.view(shape)
 
 
-#: Up to so many samples a model, and weights, a linear layer's own machine code is the faster one (1.2 to 3 times).
+#: Up to so many samples a model, and weights, a linear layer's own machine code is the faster one.
 FEW_SAMPLES, FEW_WEIGHTS = 48, 1 << 21
 
 

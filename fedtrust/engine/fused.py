@@ -3,8 +3,8 @@
 The idea is horizontally fused training (Wang et al., "Horizontally Fused Training Array", MLSys 2021, section 3). The channels of the k
 models lie side by side, so that k convolutions are one convolution with k times the groups, k linear layers one batched matrix product,
 and everything else one call over k times the channels. Images are kept channels-last, [b, H, W, k*C] in memory, which oneDNN and cuDNN
-convolve without rearranging them. On a CPU in float32, plain convolutions, max pools and linear layers have machine code of their own instead
-(`native_plan`, `native_layers`, `kernels`); where LLVM is not to be had, the library's are used.
+convolve without rearranging them. On a CPU in float32, plain convolutions, max pools and linear layers have machine code of their own
+instead (`native_plan`, `native_layers`, `kernels`); where LLVM is not to be had, the library's are used.
 
 The backward pass is written out, layer by layer, in place of being recorded by autograd: gradients are written where they are wanted,
 buffers are used again as soon as nobody needs them, and a step costs about a third less (`fused_layers`).

@@ -58,7 +58,7 @@ def _cross_entropy_by_hand(output: Tensor, y: Tensor, *, label_smoothing: float 
     return values.flatten(1).mean(1), slope.div_(values[0].numel())
 
 
-cross_entropy.by_hand = _cross_entropy_by_hand  # type: ignore[attr-defined]  # see fedtrust/engine/loss_gradient.py
+cross_entropy.by_hand = _cross_entropy_by_hand  # see fedtrust/engine/loss_gradient.py
 
 
 @loss("gce", tasks=_CLASSIFICATION, paper="Zhang and Sabuncu, NeurIPS 2018, section 3.2, eq. 6")

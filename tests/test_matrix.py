@@ -95,6 +95,7 @@ def test_the_bits_of_a_cell_do_not_depend_on_what_runs_beside_it(small: Small, t
         assert recorded(tmp_path / cell.name) == recorded(tmp_path / "1" / "cells" / cell.name)
 
 
+@pytest.mark.slow
 def test_on_ray_cells_side_by_side_give_the_same_bits(small: Small, tmp_path: Path) -> None:
     scenario = small(**SWEEP | {"sweep": {"strategies": ["krum", "mean"], "seeds": [1, 2]}})
     local = run(scenario, tmp_path / "local", engine="local", cells=1).summary
@@ -287,7 +288,7 @@ def wait_for(met: Callable[[], bool], process: subprocess.Popen[str]) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_killed_while_two_cells_are_played(small: Small, tmp_path: Path, how: signal.Signals) -> None:
     scenario = small(**SWEEP | {"rounds": 12, "sweep": {"seeds": [1, 2, 3]}})
     (tmp_path / "s.toml").write_text(scenario.resolved_toml())

@@ -145,7 +145,7 @@ def wait_for_round(out: Path, number: int, process: subprocess.Popen[str]) -> No
     raise AssertionError(f"no round {number}; exit code {process.poll()}")
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("how", [signal.SIGKILL, *(pytest.param(how, marks=pytest.mark.slow) for how in (signal.SIGTERM, signal.SIGINT))])
 def test_killed_in_the_middle(small: Small, tmp_path: Path, how: signal.Signals) -> None:
     """kill -9 at any time, and --resume, gives the bits of an undisturbed run; a polite signal is obeyed within five seconds."""
     scenario = small(**STATEFUL | {"rounds": 40})

@@ -66,9 +66,9 @@ _PATIENCE = 3.0
 class _Hand:
     """A daemon thread that trains; one that hangs can be left to itself and does not keep the process alive."""
 
-    def __init__(self, work: Callable[[_Hand], None], name: str) -> None:
-        self.stop = threading.Event()
-        self.thread = threading.Thread(target=work, args=(self,), name=name, daemon=True)
+    def __init__(self, work: Callable[[_Hand], None], number: int) -> None:
+        self.stop, self.number = threading.Event(), number
+        self.thread = threading.Thread(target=work, args=(self,), name=f"fedtrust-{number}", daemon=True)
         self.thread.start()
 
 
@@ -108,7 +108,7 @@ class LocalExecutor:
         self._lock = threading.Lock()
         self._at_work: dict[Piece, _Hand] = {}
         self._copies: dict[int, tuple[weakref.ref[Tensor], weakref.ref[Tensor]]] = {}
-        self._hands = [_Hand(self._work, f"fedtrust-{i}") for i in range(self.workers)]
+        self._hands = [_Hand(self._work, i) for i in range(self.workers)]
 
     def describe(self) -> str:
         """Return what computes, in words for the report."""
@@ -157,11 +157,12 @@ class LocalExecutor:
             if hand is None:
                 return False
             hand.stop.set()
-            self._hands[self._hands.index(hand)] = _Hand(self._work, hand.thread.name)
+            self._hands[self._hands.index(hand)] = _Hand(self._work, hand.number)
             return True
 
     def _work(self, hand: _Hand) -> None:
         threads.fix(1)
+        threads.stay(hand.number, self.workers)
         STOP.event = hand.stop
         while (work := self.pool.take()) is not None:
             turn, piece = work

@@ -98,6 +98,7 @@ def test_workers_are_spread_over_the_nodes_and_give_the_bits_of_this_process(exe
         assert {h[0] == [job.number] for h in ray.get([seat.actor.holds.remote() for seat in executor.seats])} == {True}
 
 
+@pytest.mark.slow
 def test_partial_sums_are_added_where_they_lie(executor: RayExecutor, setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of twelve chunks only a few sums reach this process; none of them stays in the store."""
     fetched: list[str] = []
@@ -120,6 +121,7 @@ def test_partial_sums_are_added_where_they_lie(executor: RayExecutor, setup: Set
     assert len(set(fetched)) == 2
 
 
+@pytest.mark.slow
 def test_jobs_side_by_side_on_two_nodes(executor: RayExecutor, setup: Setup) -> None:
     other = build(parse({**SMALL, "seed": 9, "clients": {"count": 24, "train": {"lr": 0.1, "batch_size": 16}}, "model": "cnn"}))
     expected = [local(s, cut(s, True)) for s in (setup, other)]

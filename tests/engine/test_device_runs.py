@@ -90,7 +90,10 @@ def test_the_clock_survives_an_interruption(small: Small, tmp_path: Path, number
 
 
 @pytest.mark.filterwarnings("ignore")  # Ray's own sockets and deprecations
-@pytest.mark.parametrize(("aggregator", "places"), [("mean", [("local", 1), ("ray", 2)]), ("median", [("local", 1), ("local", 3)])])
+@pytest.mark.parametrize(
+    ("aggregator", "places"),
+    [pytest.param("mean", [("local", 1), ("ray", 2)], marks=pytest.mark.slow), ("median", [("local", 1), ("local", 3)])],
+)
 def test_any_engine_and_any_number_of_workers_give_the_same_bits(small: Small, tmp_path: Path, aggregator: str, places: Any) -> None:
     found = []
     for engine, count in places:

@@ -209,7 +209,7 @@ class Deadly(Behaviour):
         return x, y
 
 
-@pytest.mark.parametrize("how", ["kill", "segv"])
+@pytest.mark.parametrize("how", ["kill", pytest.param("segv", marks=pytest.mark.slow)])
 def test_a_dead_worker_is_replaced_and_its_chunk_tried_again_with_the_same_bits(
     pair: RayExecutor, setup: Setup, tmp_path: Path, how: str
 ) -> None:
@@ -224,6 +224,7 @@ def test_a_dead_worker_is_replaced_and_its_chunk_tried_again_with_the_same_bits(
     assert len(pids & {seat.hello.pid for seat in pair.seats if seat.hello}) == 1
 
 
+@pytest.mark.slow
 def test_who_kills_every_worker_is_dropped_by_name_and_nobody_else(pair: RayExecutor, setup: Setup) -> None:
     with closing(pair.open(setup.world)) as job:
         ran = job.run(cut(setup, {1: Deadly(how="exit")}, sums=True))
@@ -262,6 +263,7 @@ def test_who_hangs_is_dropped_by_name_and_nobody_else(pair: RayExecutor, setup: 
         assert same(job.run(cut(setup)), local(setup, cut(setup)))
 
 
+@pytest.mark.slow
 def test_idle_workers_that_are_shot_cost_only_time(pair: RayExecutor, setup: Setup) -> None:
     with closing(pair.open(setup.world)) as job:
         before = job.run(cut(setup))
@@ -322,6 +324,7 @@ def test_a_client_that_cannot_be_sent_is_dropped_by_name(pair: RayExecutor, setu
     assert [len(r.clients) for r in ran.results] == [3, 1, 1, 2]
 
 
+@pytest.mark.slow
 def test_workers_that_find_no_room_end_the_run_by_name(pair: RayExecutor, setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     """The workers die, and Ray cannot place others: the run says so in place of waiting for ever."""
     with closing(pair.open(setup.world)) as job:

@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
+
 HERE = Path(__file__).parent
 #: Seconds after which a process counts as hanging; far above what anything here takes.
 HANGS = 60.0
@@ -47,6 +49,13 @@ assumed_malicious = 1
 #: The same, for what is done at every single moment.
 SHORT = STATEFUL.replace("rounds = 4", "rounds = 2")
 MATRIX = SHORT + '[sweep]\nstrategies = ["mean", "median"]\n'
+
+
+def quickly(faults: Mapping[str, Any], *words: str) -> list[Any]:
+    """Return the faults as parameters of a test; those in whose names none of the words stands are slow."""
+    slow = [pytest.mark.slow]
+    return [pytest.param(*(how if isinstance(how, tuple) else (how,)), id=fault, marks=[] if any(word in fault for word in words) else slow)
+            for fault, how in faults.items()]  # fmt: skip
 
 
 class Ended(NamedTuple):

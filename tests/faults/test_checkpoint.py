@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from .conftest import Note
-from .kit import HERE, MATRIX, SHORT, Bits, Starter, files, status
+from .kit import HERE, MATRIX, SHORT, Bits, Starter, files, quickly, status
 from .table import COMMITS, EDGES
 
 
@@ -37,14 +37,14 @@ def resumed(starter: Starter, out: Path, whole: Bits) -> str:
     return "resumed: exit 0, the same bits" if before is None else f"was finished, the same bits; a resume is refused: {ended.said}"
 
 
-@pytest.mark.parametrize(("file", "moment"), COMMITS.values(), ids=COMMITS)
+@pytest.mark.parametrize(("file", "moment"), quickly(COMMITS, "half written", "renaming"))
 def test_killed_while_a_round_is_committed(starter: Starter, whole: Bits, happened: Note, file: str, moment: str) -> None:
     out = struck(starter, file=file, moment=moment, nth=3)
     assert status(out) == "running"
     happened(next(k for k, v in COMMITS.items() if v == (file, moment)), resumed(starter, out, whole))
 
 
-@pytest.mark.parametrize(("file", "moment"), EDGES.values(), ids=EDGES)
+@pytest.mark.parametrize(("file", "moment"), quickly(EDGES, "model", "status", "summary, half"))
 def test_killed_at_the_beginning_or_the_end(starter: Starter, whole: Bits, happened: Note, file: str, moment: str) -> None:
     out = struck(starter, file=file, moment=moment)
     happened(next(k for k, v in EDGES.items() if v == (file, moment)), resumed(starter, out, whole))

@@ -8,7 +8,7 @@ import pytest
 
 from .conftest import Note
 from .failpoints import CAN_FAIL
-from .kit import HERE, SHORT, Bits, Ended, Starter, rows, status
+from .kit import HERE, SHORT, Bits, Ended, Starter, quickly, rows, status
 from .table import FULL
 from .test_checkpoint import moments
 
@@ -27,7 +27,7 @@ def said_so(ended: Ended) -> None:
     assert "a fault in fedtrust" not in ended.complaint
 
 
-@pytest.mark.parametrize("file", FULL.values(), ids=FULL)
+@pytest.mark.parametrize("file", quickly(FULL, "the checkpoint", "the summary"))
 def test_the_disk_is_full_from_then_on(starter: Starter, whole: Bits, happened: Note, file: str) -> None:
     heard = set()
     for moment in ("before opening", "half written", "before fsync"):

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from fedtrust.engine.world import World
 
 #: Bytes of hidden values that the clients of a chunk may hold in a step. The steps of more clients leave the processor's cache, those of
-#: fewer spend their time between operations, and every chunk costs its driver something: for a round of 400 clients of the 54k-parameter CNN
-#: twice and three times as much as 16 MiB took 0.88 and 0.86 of the time; with `vmap`, 200 clients, twice as much took 0.82 and 0.88 in two
-#: runs; in bfloat16 1.1.
+#: fewer spend their time between operations, and every chunk costs its driver something. For a round of 400 clients of the 54k-parameter
+#: CNN two and three times 16 MiB took 0.88 and 0.86 of the time; with `vmap`, 200 clients, two times took 0.82 and 0.88 in two runs; in
+#: bfloat16 1.1.
 STEP_BYTES = 32 << 20
 FEWEST, MOST = 2, 50
 #: A round of few clients is not cut finer than this, if that many fit.

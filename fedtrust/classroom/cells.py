@@ -25,7 +25,7 @@ from fedtrust.engine.workers import Executor
 from fedtrust.errors import RunError
 from fedtrust.game import Game
 from fedtrust.layout import Layout
-from fedtrust.probes import membership_game
+from fedtrust.probes import membership_game, scores_images
 from fedtrust.probes.base import Artefact, Probe
 from fedtrust.registry import REGISTRY, Entry
 from fedtrust.runs import Checkpoint, RunDirectory
@@ -39,9 +39,11 @@ from fedtrust.strategy import FedTrustStrategy
 _GRANTS: dict[str, dict[str, Any]] = {
     "membership": {"role": "user", "when": "end", "asks": "membership", "population": True},
     "stealing": {"role": "user", "when": "end", "population": True, "architecture": True},
+    "reconstruction": {"role": "curious-server", "when": "end"},
     "evasion": {"role": "teacher", "when": "end"},
 }
-#: What a measure is without any skill; `fidelity` and `accuracy` have the share of the commonest class.
+#: What a measure is without any skill; `fidelity` and `accuracy` have the share of the commonest class, `recovered` what the mean of all
+#: samples gets.
 _CHANCE = {"auc": 0.5, "tpr-at-1pct": 0.01, "evaded": 0.0}
 
 
@@ -231,7 +233,7 @@ class Table:
         name = self.exercise.measure
         if self.exercise.sides[0] not in ("audit", "evasion"):
             return None, 0.0
-        chance = _CHANCE.get(name, _floor(setup) or 0.0)
+        chance = scores_images.blind(setup.world.data) if name == "recovered" else _CHANCE.get(name, _floor(setup) or 0.0)
         if fault is not None or note:
             return None, chance
         own = [value for key, value in last.items() if key == name or key.endswith(f"/{name}")]

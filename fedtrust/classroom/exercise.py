@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import pydantic
 from pydantic import Field, PrivateAttr, model_validator
@@ -22,6 +22,7 @@ from fedtrust.scenario_io import Document
 from fedtrust.scenario_parts import AttackerSpec, Ref, Spec
 
 Kind = Literal["attack", "defence", "both", "audit", "evasion"]
+AuditGame = Literal["membership", "stealing", "reconstruction"]
 Access = Literal["answers", "gradients", "parameters"]
 #: What a student hands in, by kind.
 FILES: dict[Side, str] = {"attack": "attack.py", "defence": "defence.py", "audit": "audit.py", "evasion": "evasion.py"}
@@ -45,8 +46,11 @@ _MEASURES: dict[str, tuple[str, ...]] = {
     "attack": ("damage", "success", "lasting-success"),
     "defence": ("damage",),
     "both": ("damage", "success", "lasting-success"),
-    "audit": ("auc", "tpr-at-1pct", "fidelity", "accuracy"),
+    "audit": (),  # by its game
     "evasion": ("evaded",),
+    "membership": ("auc", "tpr-at-1pct"),
+    "stealing": ("fidelity", "accuracy"),
+    "reconstruction": ("recovered",),
 }
 _NAME = re.compile(r"^[a-z0-9]+(-[a-z0-9]+)*$")
 _PLACEHOLDER = "sign-flip"  # a behaviour that every level of knowledge suits; the submission takes its place
@@ -58,7 +62,8 @@ class Exercise(Spec):
     Attributes:
         name, title: lower-case words joined by hyphens; one line.
         kind: what is handed in; `both` sides, attack and defence.
-        game: for `audit`: `membership` (who was in the training set) or `stealing` (a copy of the model).
+        game: for `audit`: `membership` (who was in the training set), `stealing` (a copy of the model) or `reconstruction` (the samples
+            behind the updates of the last round).
         task: what students are asked, in Markdown.
         scenario: the base scenario, a table or a path beside the exercise file.
         role: whom a submission plays, in words.
@@ -73,7 +78,7 @@ class Exercise(Spec):
     name: str
     title: str = Field(min_length=1)
     kind: Kind
-    game: Literal["membership", "stealing"] | None = None
+    game: AuditGame | None = None
     task: str = Field(min_length=1)
     scenario: Any
     role: str = ""
@@ -98,19 +103,21 @@ class Exercise(Spec):
         if not _NAME.match(self.name):
             raise PydanticCustomError("name", "name should be lower-case words joined by hyphens, not '{name}'", {"name": self.name})
         if (self.kind == "audit") != (self.game is not None):
-            raise PydanticCustomError("game", "an audit needs a `game`, membership or stealing, and nothing else has one", {})
+            raise PydanticCustomError("game", "an audit needs a `game`, {games}, and nothing else has one", {"games": " or ".join(get_args(AuditGame))})
         if self.kind != "evasion" and self.access != "answers":
             raise PydanticCustomError("access", "`access` is what an evasion has of the model; this is no evasion", {})
         if self.sides[0] in ("attack", "defence") and self.attackers is None:
             raise PydanticCustomError("attackers", "needs [attackers]: which clients an attack gets", {})
-        if self.scoring.measure and self.scoring.measure not in _MEASURES[self.kind]:
+        known = _MEASURES[self.game or self.kind]
+        if self.scoring.measure and self.scoring.measure not in known:
             raise PydanticCustomError(
                 "measure",
-                "scoring.measure of this kind is one of {allowed}, not '{got}'{near}",
+                "scoring.measure of this {what} is one of {allowed}, not '{got}'{near}",
                 {
-                    "allowed": ", ".join(_MEASURES[self.kind]),
+                    "what": "game" if self.game else "kind",
+                    "allowed": ", ".join(known),
                     "got": self.scoring.measure,
-                    "near": nearest(self.scoring.measure, _MEASURES[self.kind]),
+                    "near": nearest(self.scoring.measure, known),
                 },
             )
         if self.measure in ("success", "lasting-success") and self.goal is None:
@@ -127,7 +134,7 @@ class Exercise(Spec):
     @property
     def measure(self) -> str:
         """What an attack, an audit or an evasion is after."""
-        default = "fidelity" if self.game == "stealing" else _MEASURES[self.kind][0]
+        default = _MEASURES[self.game or self.kind][0]
         return self.scoring.measure or ("success" if self.goal is not None and default == "damage" else default)
 
     @property

@@ -18,7 +18,7 @@ from fedtrust.engine import seeds
 from fedtrust.errors import InputError
 from fedtrust.probes import evasion
 from fedtrust.probes.base import Probe, ProbeContext, Result, need
-from fedtrust.probes.guesses import Copy, Membership
+from fedtrust.probes.guesses import Copy, Membership, Reconstruction, Reconstructions
 from fedtrust.server import Rule
 from fedtrust.setup import Setup
 from fedtrust.views import at_least
@@ -137,10 +137,19 @@ class SandboxedSeat:
 
             return {"submission": Copy(predict, playing.report.asked.get("query", 0))}
 
+        def reconstruction(ctx: ProbeContext) -> Result:
+            examples = need(ctx.examples, "the registered samples")
+            x, y = audit.reconstruct(ctx, sum(examples[client] for client in need(ctx.sent, "what was sent")))
+            if y is not None and len(y) != len(x):
+                self._own = SubmissionFault("reply", f"it reconstructed {len(x)} samples and {len(y)} labels")
+                raise self._own
+            return {"submission": Reconstructions((Reconstruction(None, x, y),))}
+
         def evading(ctx: ProbeContext) -> Result:
             return {"submission/evaded": self._evaded(audits.SandboxedEvasion(playing), ctx)}
 
-        return {"membership": membership, "stealing": stealing}.get(self._exercise.game or "", evading)
+        games = {"membership": membership, "stealing": stealing, "reconstruction": reconstruction}
+        return games.get(self._exercise.game or "", evading)
 
     def _evaded(self, made: audits.SandboxedEvasion, ctx: ProbeContext) -> float:
         """Return how many of the samples that the model gets right it gets wrong once they were changed, as a share."""

@@ -29,6 +29,8 @@ ACCESS = {
     "gradients": "its answers, `query(x)`, and its gradients, `query.gradient(x, y)`",
     "parameters": "its answers and gradients, and the model itself: `query.model(x)`, `query.params`",
 }
+#: Game of an audit → the ready exercise whose template plays it; the plain one plays membership.
+_READY = {"stealing": "steal-the-model", "reconstruction": "what-one-update-gives-away"}
 _WIDTH = 78
 
 
@@ -106,8 +108,8 @@ def template(exercise: Exercise, side: str, folder: Path) -> str:
     """Return a file that already runs: the exercise's own, or the side's plain one."""
     own = folder / FILES[side]  # type: ignore[index]
     ready = own if own.is_file() else exercises.READY / "templates" / FILES[side]  # type: ignore[index]
-    if exercise.game == "stealing" and not own.is_file():
-        ready = exercises.READY / "steal-the-model" / "audit.py"
+    if exercise.game in _READY and not own.is_file():
+        ready = exercises.READY / _READY[exercise.game] / "audit.py"
     return ready.read_text(encoding="utf-8")
 
 
@@ -193,7 +195,7 @@ def new(name: str, scenario: Path, kind: str, folder: Path) -> str:
     who = next(({k: e[k] for k in ("count", "share") if k in e} for e in entries if "ids" not in e), {"share": 0.2})
     fights = SIDES[kind][0] in ("attack", "defence")
     text = _NEW.format(name=name, kind=kind, what=_KINDS[kind], title=toml_value(str(data.get("title", name))))
-    text += 'game = "membership"              # or "stealing"\n' if kind == "audit" else ""
+    text += 'game = "membership"              # or "stealing", "reconstruction"\n' if kind == "audit" else ""
     text += _FIGHT.format(who=_inline(who)) if fights else ""
     text += _REST
     if fights:

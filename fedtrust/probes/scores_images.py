@@ -105,10 +105,28 @@ def match(item: Reconstruction, full: ProbeContext, span: float) -> Matched:
 
 def span_of(full: ProbeContext) -> float:
     """Return the range that PSNR refers to: the task's, or for a table from the smallest to the largest number in the data."""
-    if full.task.low is not None and full.task.high is not None:
-        return full.task.high - full.task.low
-    x = need(full.data, "the clients' data").x
-    return max(float(x.max() - x.min()), 1e-12)
+    return _span(need(full.data, "the clients' data"))
+
+
+def _span(data: FederatedData) -> float:
+    if data.task.low is not None and data.task.high is not None:
+        return data.task.high - data.task.low
+    return max(float(data.x.max() - data.x.min()), 1e-12)
+
+
+def recovered(each: Tensor, samples: int) -> float:
+    """Return how much of `samples` samples was recovered, from 0 to 1: the mean of their PSNR over `EXACT`, 1 at the most.
+
+    Args:
+        each: PSNR of the samples that were guessed, dB; the others count nothing.
+        samples: how many there were to be found.
+    """
+    return float((each.clamp(0, EXACT) / EXACT).sum()) / max(1, samples)
+
+
+def blind(data: FederatedData) -> float:
+    """Return what is `recovered` by somebody who saw no update, and guesses the mean of all clients' samples."""
+    return recovered(psnr(mse(data.x.mean(0, keepdim=True), data.x)[0], _span(data)), len(data.x))
 
 
 @scorer(Reconstructions)
@@ -117,14 +135,14 @@ def reconstructions(guess: Reconstructions, full: ProbeContext, seen: ProbeConte
 
     Returns:
         `psnr` (dB), `ssim` and `mse`, medians over the pairs of guess and sample; `psnr-best`; `exact`, the share of all samples of these
-        clients that some guess meets with more than 40 dB; `labels`, the share of pairs whose label is right, where labels were guessed;
-        and the pictures. Nothing where nothing was reconstructed but `exact` = 0.
+        clients that some guess meets with more than 40 dB; `recovered`, see there; `labels`, the share of pairs whose label is right,
+        where labels were guessed; and the pictures. Nothing where nothing was reconstructed but `exact` and `recovered` = 0.
     """
     span = span_of(full)
     items = _by_client(guess.items, len(need(full.data, "the clients' data").parts))
     matched = [match(item, full, span) for item in items if len(item.x)]
     if not matched:
-        return {"exact": 0.0}
+        return {"exact": 0.0, "recovered": 0.0}
     each = torch.cat([m.psnr for m in matched])
     total = sum(m.samples for m in matched) + sum(_owned(full, item) for item in items if not len(item.x))
     errors = torch.cat([(m.guess - m.truth).double().square().flatten(1).mean(1) for m in matched])
@@ -133,6 +151,7 @@ def reconstructions(guess: Reconstructions, full: ProbeContext, seen: ProbeConte
         "psnr-best": float(each.max()),
         "mse": _median(errors),
         "exact": float((each > EXACT).sum()) / total,
+        "recovered": recovered(each, total),
     }
     labelled = [m.said == m.y for m in matched if m.said is not None]
     if labelled:

@@ -81,10 +81,10 @@ def test_hidden_partitions_are_played_in_the_hidden_phases_only(tmp_path):
 # ----------------------------------------------------------------------------------------------------------------------- ready ones
 
 
-def test_there_are_six_ready_exercises():
+def test_there_are_seven_ready_exercises():
     assert set(READY) == {
         "break-the-median", "a-backdoor-that-lasts", "a-better-defender", "who-was-in-the-training-set", "steal-the-model",
-        "fool-the-model",
+        "fool-the-model", "what-one-update-gives-away",
     }  # fmt: skip
 
 

@@ -99,7 +99,7 @@ def test_what_was_not_found_counts_against_the_exact_share() -> None:
     found = score("rtf", half, full, full)
     assert found["rtf/exact"] == pytest.approx(2 / 8)  # two of eight: client 1 was attacked too, and nothing came of it
     assert "rtf/labels" not in found
-    assert score("rtf", Reconstructions(()), full, full) == {"rtf/exact": 0.0}
+    assert score("rtf", Reconstructions(()), full, full) == {"rtf/exact": 0.0, "rtf/recovered": 0.0}
 
 
 def test_another_clients_sample_is_no_success() -> None:
@@ -125,7 +125,7 @@ def test_a_table_is_scored_against_its_own_range_and_has_no_pictures() -> None:
     full = teacher(x, [0, 1], [[0, 1]], task)
     found = score("a", Reconstructions((Reconstruction(0, x + 1.0),)), full, full)
     assert found["a/psnr"] == pytest.approx(20.0, abs=1e-4)
-    assert set(found) == {"a/psnr", "a/psnr-best", "a/mse", "a/exact"}
+    assert set(found) == {"a/psnr", "a/psnr-best", "a/mse", "a/exact", "a/recovered"}
 
 
 def test_label_counts_are_compared_class_by_class() -> None:
@@ -174,7 +174,7 @@ def test_a_guess_that_is_not_finite_is_none_and_a_client_that_does_not_exist_is_
     found = score("r", Reconstructions((Reconstruction(1, torch.cat([broken, x[2:3]]), torch.tensor([0, 1])),)), full, full)
     assert found["r/exact"] == 1 / 2
     assert found["r/labels"] == 1
-    assert score("r", Reconstructions((Reconstruction(1, broken),)), full, full) == {"r/exact": 0.0}
+    assert score("r", Reconstructions((Reconstruction(1, broken),)), full, full) == {"r/exact": 0.0, "r/recovered": 0.0}
     for client in (-1, 2):
         with pytest.raises(ValueError, match=f"samples of client {client} were guessed, but the clients are 0 to 1"):
             score("r", Reconstructions((Reconstruction(client, x[:1]),)), full, full)

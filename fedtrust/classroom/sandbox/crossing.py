@@ -150,6 +150,7 @@ def of_probe(ctx: ProbeContext, names: Names) -> tuple[Plain, Tensors]:
         "model": ctx.model is not None,
         "answers": ctx.answers,
         "queries": ctx.queries,
+        "recipe": None if ctx.recipe is None else dataclasses.asdict(ctx.recipe),
         "random": draw(ctx.rng),
     }
     return plain, tensors

@@ -20,6 +20,7 @@ from fedtrust.models.build import build
 from fedtrust.probes.base import ProbeContext
 from fedtrust.probes.guesses import Membership, Reconstructions
 from fedtrust.registry import REGISTRY
+from fedtrust.sending import Recipe
 from fedtrust.server import AggContext, Verdict
 from fedtrust.views import check_memory
 
@@ -245,6 +246,7 @@ class Audit:
             answers=data["answers"],
             round=data["round"],
             final=data["final"],
+            recipe=None if data["recipe"] is None else Recipe(**data["recipe"]),
             **pairs,
         )
 

@@ -103,7 +103,9 @@ class Exercise(Spec):
         if not _NAME.match(self.name):
             raise PydanticCustomError("name", "name should be lower-case words joined by hyphens, not '{name}'", {"name": self.name})
         if (self.kind == "audit") != (self.game is not None):
-            raise PydanticCustomError("game", "an audit needs a `game`, {games}, and nothing else has one", {"games": " or ".join(get_args(AuditGame))})
+            raise PydanticCustomError(
+                "game", "an audit needs a `game`, {games}, and nothing else has one", {"games": " or ".join(get_args(AuditGame))}
+            )
         if self.kind != "evasion" and self.access != "answers":
             raise PydanticCustomError("access", "`access` is what an evasion has of the model; this is no evasion", {})
         if self.sides[0] in ("attack", "defence") and self.attackers is None:

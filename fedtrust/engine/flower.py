@@ -7,11 +7,12 @@ own grid drive any Flower strategy without paying for that: an identity for this
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import inspect
 import logging
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import flwr.serverapp.strategy as stock
@@ -63,12 +64,17 @@ def enter() -> None:
 
 
 class LazyArray(Array):
-    """An `Array` over a tensor, or over the sum of two; the values, and the bytes, are made only if somebody reads them."""
+    """An `Array` whose values, and whose bytes, are made only if somebody reads them.
 
-    def __init__(self, tensor: Tensor, plus: Tensor | None = None) -> None:
+    Args:
+        make: returns the values [*shape], in memory that is nobody else's: some stock strategies compute in place.
+        shape: its shape.
+        dtype: what Flower calls the type of its values.
+    """
+
+    def __init__(self, make: Callable[[], npt.NDArray[Any]], shape: tuple[int, ...], dtype: str = "float32") -> None:
         # Not by assignment: `Array` looks at every one.
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        self.__dict__.update(_tensor=tensor, _plus=plus, dtype=dtype, shape=tuple(tensor.shape), stype=_NPY)
+        self.__dict__.update(_make=make, dtype=dtype, shape=shape, stype=_NPY)
 
     @property
     def data(self) -> bytes:
@@ -83,9 +89,33 @@ class LazyArray(Array):
         self.__dict__["_data_bytes"] = value
 
     def numpy(self) -> npt.NDArray[Any]:
-        """Return the array as a copy: some stock strategies compute in place."""
-        tensor, plus = self.__dict__["_tensor"].detach(), self.__dict__["_plus"]
-        return np.array(tensor.cpu().numpy()) if plus is None else (tensor + plus.detach()).cpu().numpy()
+        """Return the array; every call makes another."""
+        made: npt.NDArray[Any] = self.__dict__["_make"]()
+        return made
+
+
+class _Sum:
+    """The vector `base` [d], or `base + delta`, in named arrays that belong to whoever asks for them.
+
+    It is added up once, when the first array is asked for, and each part of it is given away once; who asks again gets another.
+    """
+
+    def __init__(self, base: Tensor, delta: Tensor | None, layout: Layout) -> None:
+        self._terms, self._layout = (base, delta), layout
+        self._parts: dict[str, npt.NDArray[Any]] | None = None
+
+    def part(self, name: str) -> npt.NDArray[Any]:
+        if self._parts is None:
+            self._parts = self._made()
+        found = self._parts.pop(name, None)
+        return self._made()[name] if found is None else found
+
+    def _made(self) -> dict[str, npt.NDArray[Any]]:
+        base, delta = (None if term is None else term.detach().cpu().numpy() for term in self._terms)
+        assert base is not None
+        whole = base.copy() if delta is None else base + delta
+        slices = self._layout.slices
+        return {name: whole[slices[name]].reshape(shape) for name, shape in zip(self._layout.names, self._layout.shapes, strict=True)}
 
 
 class FlatRecord(ArrayRecord):
@@ -113,9 +143,10 @@ class FlatRecord(ArrayRecord):
     def fill(self) -> FlatRecord:
         """Add the named arrays, lazily; return self."""
         # Not by `self[name] = …`: the checks of names and types cost more than the arrays.
-        base: Tensor = self.__dict__["_base"]
-        plus = {} if self.delta is None else self.layout.unflatten(self.delta)
-        arrays = {name: LazyArray(tensor, plus.get(name)) for name, tensor in self.layout.unflatten(base).items()}
+        layout, values = self.layout, _Sum(self.__dict__["_base"], self.delta, self.layout)
+        arrays = {
+            name: LazyArray(functools.partial(values.part, name), shape) for name, shape in zip(layout.names, layout.shapes, strict=True)
+        }
         self.__dict__["_data"].update(arrays)
         return self
 
@@ -221,17 +252,7 @@ class CohortReply(Message):
     ) -> None:  # fmt: skip
         """Reply to `order`, which carried the model `base` [d]; `named`: with an array for each parameter, as stock strategies read it."""
         self.client, self.delta, self.examples, self.norm, self.added = addressee(order), delta, examples, norm, added
-        self.__dict__.update(_order=order, _base=base, _layout=layout, _loss=loss, _named=named, _full=None)
-
-    def _made(self) -> Message:
-        if self.__dict__["_full"] is None:
-            if self.delta is None:
-                raise RunError(f"client {self.client}'s update was only added up; nobody can read it")
-            record = FlatRecord(self.__dict__["_base"], self.__dict__["_layout"], self.delta)
-            arrays = record.fill() if self.__dict__["_named"] else record
-            self.__dict__["_full"] = answer(self.__dict__["_order"], arrays, self.examples, self.__dict__["_loss"])
-        full: Message = self.__dict__["_full"]
-        return full
+        self.__dict__.update(_order=order, _base=base, _layout=layout, _loss=loss, _named=named, _said=None, _full=None)
 
     def has_error(self) -> bool:
         """There is none: what fails is answered by `failure`."""
@@ -244,12 +265,22 @@ class CohortReply(Message):
     @property
     def metadata(self) -> Metadata:
         """Flower's metadata of the reply."""
-        return self._made().metadata
+        if self.__dict__["_full"] is None:
+            self.__dict__["_full"] = Message(self.content, reply_to=self.__dict__["_order"])
+        made: Metadata = self.__dict__["_full"].metadata
+        return made
 
     @property  # type: ignore[misc]  # nobody writes into a reply
     def content(self) -> RecordDict:
         """Flower's records of the reply."""
-        return self._made().content
+        said: RecordDict | None = self.__dict__["_said"]
+        if said is None:
+            if self.delta is None:
+                raise RunError(f"client {self.client}'s update was only added up; nobody can read it")
+            record = FlatRecord(self.__dict__["_base"], self.__dict__["_layout"], self.delta)
+            arrays = record.fill() if self.__dict__["_named"] else record
+            said = self.__dict__["_said"] = content(arrays, self.examples, self.__dict__["_loss"])
+        return said
 
 
 def addressee(message: Message) -> int:
@@ -274,8 +305,12 @@ def update(message: Message, params: Tensor, layout: Layout) -> Tensor:
 
 def answer(message: Message, arrays: ArrayRecord, examples: float, loss: float) -> Message:
     """Return a client's reply."""
-    metrics = MetricRecord({EXAMPLES: examples, LOSS: loss})
-    return Message(RecordDict({ARRAYS: arrays, METRICS: metrics}), reply_to=message)
+    return Message(content(arrays, examples, loss), reply_to=message)
+
+
+def content(arrays: ArrayRecord, examples: float, loss: float) -> RecordDict:
+    """Return the records of a client's reply."""
+    return RecordDict({ARRAYS: arrays, METRICS: MetricRecord({EXAMPLES: examples, LOSS: loss})})
 
 
 def failure(message: Message, reason: str) -> Message:

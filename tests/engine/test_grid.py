@@ -20,6 +20,7 @@ from fedtrust.engine.grid import CohortGrid
 from fedtrust.engine.roster import Group, Roster
 from fedtrust.engine.workers import LocalExecutor
 from fedtrust.errors import InputError, RunError
+from fedtrust.layout import Layout
 from fedtrust.registry import REGISTRY
 from fedtrust.runner import run
 from fedtrust.scenario import Scenario
@@ -247,7 +248,7 @@ def test_a_client_that_cannot_be_reached_is_the_strategys_error(small: Small) ->
 
 def test_lazy_arrays_are_what_flower_expects() -> None:
     tensor = torch.arange(6.0).view(2, 3)
-    lazy = flower.LazyArray(tensor)
+    lazy = flower.LazyArray(lambda: tensor.numpy().copy(), (2, 3))
     assert (lazy.dtype, lazy.shape, lazy.stype) == ("float32", (2, 3), "numpy.ndarray")
     lazy.numpy()[0, 0] = 99  # stock QFedAvg computes in place
     assert tensor[0, 0] == 0
@@ -255,6 +256,23 @@ def test_lazy_arrays_are_what_flower_expects() -> None:
 
     assert lazy.data == Array(tensor.numpy()).data
     assert np.array_equal(ArrayRecord({"w": lazy})["w"].numpy(), tensor.numpy())
+
+
+def test_the_arrays_of_a_record_belong_to_whoever_reads_them() -> None:
+    layout = Layout(("w", "b"), ((2, 3), (2,)))
+    base, delta = torch.arange(8.0), torch.full((8,), 0.5)
+    record = flower.FlatRecord(base, layout, delta).fill()
+    for _ in range(3):
+        read = {name: record[name].numpy() for name in ("b", "w")}
+        assert np.array_equal(read["w"], (base + delta)[:6].view(2, 3).numpy())
+        assert np.array_equal(read["b"], (base + delta)[6:].numpy())
+        read["w"] += 7  # stock QFedAvg computes in place
+        read["b"] *= 0
+    assert torch.equal(base, torch.arange(8.0))
+    assert torch.equal(delta, torch.full((8,), 0.5))
+    sent = flower.FlatRecord(base, layout).fill()
+    sent["w"].numpy()[:] = 9
+    assert torch.equal(flower.to_flat(sent, layout), base)
 
 
 def test_a_float64_model_comes_back_as_float32_and_a_strange_one_is_refused(small: Small) -> None:

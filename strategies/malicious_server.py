@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from fedtrust.fits import RunFacts
+from fedtrust.fits import RunFacts, first
 from fedtrust.layout import Layout
 from fedtrust.models.architecture import Architecture
 from fedtrust.models.entrance import Dense, denses, entrance, head
@@ -49,6 +49,13 @@ def _fishable(facts: RunFacts) -> str | None:
     return f"`target` is {target}, but the classes are 0 to {facts.task.classes - 1}" if target >= facts.task.classes else None
 
 
+def _enough(facts: RunFacts) -> str | None:
+    wanted = facts.params.get("victims")
+    if wanted is None or wanted <= facts.per_round:
+        return None
+    return f"`victims` is {wanted}, but {facts.per_round} client{'s are' if facts.per_round > 1 else ' is'} asked in a round"
+
+
 def edges_of(measured: Tensor, bins: int, how: str) -> Tensor:
     """Return the lower edges of bins that a sample is as likely to fall into one as into another, rising [bins].
 
@@ -66,7 +73,7 @@ def edges_of(measured: Tensor, bins: int, how: str) -> Tensor:
     return torch.cat([torch.minimum(inner[:1], values.min()) - 20 * deviation, inner])
 
 
-@sender("robbing-the-fed", paper="Fowl et al. (Robbing the Fed), ICLR 2022, section 3", population=True, fits=_measurable)
+@sender("robbing-the-fed", paper="Fowl et al. (Robbing the Fed), ICLR 2022, section 3", population=True, fits=first(_measurable, _enough))
 def robbing_the_fed(
     params: Tensor,
     ctx: SendContext,
@@ -113,7 +120,7 @@ def robbing_the_fed(
 @sender(
     "fishing",
     task="classification",
-    fits=_fishable,
+    fits=first(_fishable, _enough),
     paper="Wen et al. (Fishing for User Data in Large-Batch Federated Learning), ICML 2022, section 3.2 (class fishing)",
 )
 def fishing(

@@ -160,6 +160,16 @@ def suspicion(play: Play, params: Tensor) -> str | None:
     return Inspecting().suspicion(params, play.model, play.layout)
 
 
+@pytest.mark.parametrize(("name", "params"), [("robbing-the-fed", {}), ("fishing", {"target": 0})])
+def test_more_victims_than_are_asked_in_a_round_are_refused(name: str, params: dict[str, Any]) -> None:
+    document = merged(SMALL, {"model": "mlp", "clients": {"per_round": 5}})
+    document["malicious_server"] = {"sender": name, "params": {**params, "victims": 6}}
+    with pytest.raises(InputError, match="`victims` is 6, but 5 clients are asked in a round"):
+        check(parse(document))
+    document["malicious_server"]["params"]["victims"] = 5
+    check(parse(document))
+
+
 def test_each_check_sees_its_trap() -> None:
     play = Play("mlp", DIGITS, [samples(DIGITS, 1)], recipe())
     assert suspicion(play, play.start) is None

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fedtrust.runner import run
-from fedtrust.scenario import parse
+from fedtrust.scenario import load, parse
 from tests.conftest import SMALL, merged
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # Ray's own sockets and deprecations
@@ -57,3 +57,17 @@ def test_a_run_is_the_same_on_both_engines(changes: dict[str, Any], tmp_path: Pa
     here, there = left(tmp_path / "local"), left(tmp_path / "ray")
     assert here == there
     assert len(here["metrics"]) > 1 or "privacy" in here
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize(
+    "name", ["gradient-inversion", "class-inference", "model-stealing", "language-model-secrets", "differential-privacy"]
+)
+def test_a_scenario_of_the_course_is_the_same_on_both_engines(name: str, tmp_path: Path) -> None:
+    scenario = load(Path(__file__).parents[2] / "scenarios" / f"{name}.toml")
+    for engine, workers in (("local", 2), ("ray", 2)):
+        assert run(scenario, tmp_path / engine, engine=engine, workers=workers).status == "finished"
+    cells = [path.relative_to(tmp_path / "local").parent for path in sorted((tmp_path / "local").rglob("rounds.jsonl"))]
+    assert cells
+    for cell in cells:
+        assert left(tmp_path / "local" / cell) == left(tmp_path / "ray" / cell), cell

@@ -20,13 +20,13 @@ from torch import Tensor
 from fedtrust.classroom.exercise import SUBMISSION, Exercise
 from fedtrust.classroom.scoring import Fault, Outcome, Side
 from fedtrust.client import Behaviour
-from fedtrust.engine import threads
+from fedtrust.engine import seeds, threads
 from fedtrust.engine.workers import Executor
 from fedtrust.errors import RunError
 from fedtrust.game import Game
 from fedtrust.layout import Layout
 from fedtrust.probes import membership_game, scores_images
-from fedtrust.probes.base import Artefact, Probe
+from fedtrust.probes.base import Artefact, Probe, ProbeContext
 from fedtrust.registry import REGISTRY, Entry
 from fedtrust.runs import Checkpoint, RunDirectory
 from fedtrust.scenario import Cell, Ref, Scenario
@@ -42,8 +42,7 @@ _GRANTS: dict[str, dict[str, Any]] = {
     "reconstruction": {"role": "curious-server", "when": "end"},
     "evasion": {"role": "teacher", "when": "end"},
 }
-#: What a measure is without any skill; `fidelity` and `accuracy` have the share of the commonest class, `recovered` what the mean of all
-#: samples gets.
+#: What a measure is without any skill; `fidelity` and `accuracy` have the share of the commonest class, `recovered` what `_unseeing` says.
 _CHANCE = {"auc": 0.5, "tpr-at-1pct": 0.01, "evaded": 0.0}
 
 
@@ -123,7 +122,8 @@ class Table:
         self.exercise, self.seeds = exercise, list(seeds)
         scenario = exercise.matrix(self.seeds, hidden=hidden)
         self.partitions = list(scenario.axes()["partitions"])
-        self._scenarios = {_key(cell): cell.scenario for cell in scenario.cells()}
+        audited = exercise.sides[0] == "audit"
+        self._scenarios = {_key(cell): _drawn(cell.scenario) if audited else cell.scenario for cell in scenario.cells()}
         self._attacks = {label: attack.groups for label, attack in scenario.attacks().items() if attack.groups and label != SUBMISSION}
         self._building, self._library = threading.Lock(), Library()
 
@@ -226,14 +226,19 @@ class Table:
         else:
             meta = _GRANTS[self.exercise.game or "evasion"]
             bound = BoundProbe(Entry("probe", "submission", seat.auditor, pydantic.create_model("nothing"), meta), seat.auditor(setup))
-        return dataclasses.replace(setup, game=game, probes=(*setup.probes, bound))
+        # What the scenario's own probes guess is not the auditor's.
+        own = [probe for probe in setup.probes if probe.entry.name in ("accuracy", "client-accuracy")]
+        if self.exercise.measure == "recovered":
+            meta = {"role": "teacher", "when": "end"}
+            own.append(BoundProbe(Entry("probe", "unseeing", _unseeing, pydantic.create_model("nothing"), meta), _unseeing))
+        return dataclasses.replace(setup, game=game, probes=(*own, bound))
 
     def _measure(self, last: Mapping[str, float], setup: Setup, fault: Fault | None, note: str) -> tuple[float | None, float]:
         """Return what an auditor reached, and what it would without any skill."""
         name = self.exercise.measure
         if self.exercise.sides[0] not in ("audit", "evasion"):
             return None, 0.0
-        chance = scores_images.blind(setup.world.data) if name == "recovered" else _CHANCE.get(name, _floor(setup) or 0.0)
+        chance = last.get("unseeing", 0.0) if name == "recovered" else _CHANCE.get(name, _floor(setup) or 0.0)
         if fault is not None or note:
             return None, chance
         own = [value for key, value in last.items() if key == name or key.endswith(f"/{name}")]
@@ -265,6 +270,20 @@ def _refused(game: Game, record: Mapping[str, Any], seats: Sequence[tuple[str, S
     mine = game.setup.roster.malicious()
     why = next((reason for client, reason in record.get("faults", {}).items() if int(client) in mine), None)
     return None if why is None else Fault("attack", "reply", f"the server dropped what it sent: {why}")
+
+
+def _drawn(scenario: Scenario) -> Scenario:
+    """Return the scenario with its samples drawn by its seed, where its source can: who knows a data set by heart shall not know them."""
+    source = scenario.data.source
+    if "draw" not in REGISTRY.get("source", source.name).schema.model_fields or source.params.get("draw"):
+        return scenario
+    drawn = source.model_copy(update={"params": {**source.params, "draw": seeds.key(scenario.seed, "exercise/draw") & (2**31 - 1)}})
+    return scenario.model_copy(update={"data": scenario.data.model_copy(update={"source": drawn})})
+
+
+def _unseeing(ctx: ProbeContext) -> Mapping[str, float]:
+    """Return what is recovered by somebody who knows other samples of the kind and saw no update."""
+    return {"unseeing": scores_images.blind(ctx)}
 
 
 def _key(cell: Cell) -> tuple[str, str, str, int]:

@@ -102,7 +102,7 @@ def _report(exercise: Exercise, file: Path, line: Line, board: Board, seeds: Seq
         lines += ["", "fooled, by model (%)"]
         lines += [f"  {model[:30]:30} {100 * value:6.1f}" for (name, model), value in board.pairs.items() if name == line.name]
     if "measure" in line.parts:
-        lines += ["", f"{exercise.measure:32} {line.parts['measure']:6.3f}"]
+        lines += ["", f"{exercise.measure:32} {line.parts['measure']:6.3f}", f"{'… without any skill':32} {line.parts['chance']:6.3f}"]
     for name, key in (("accuracy without an attack", "clean"), ("… less than FedAvg", "lost")):
         lines += [f"{name:32} {100 * line.parts[key]:6.1f}"] if key in line.parts else []
     lines += ["", "a game took, on average"]

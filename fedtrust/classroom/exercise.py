@@ -321,12 +321,14 @@ def ready() -> dict[str, Path]:
 
 
 def find(name: str) -> Path:
-    """Return the file of an exercise: a path, a folder with an exercise.toml, or the name of a ready one.
+    """Return the file of an exercise: the name of a ready one, a folder with an exercise.toml, or a path.
 
     Raises:
         InputError: there is none.
     """
     path = Path(name)
+    if name in ready():  # a folder of that name is the student's copy, without what is hidden
+        return ready()[name]
     if path.is_dir() and (path / "exercise.toml").is_file():
         return path / "exercise.toml"
     if path.suffix == ".toml" or path.is_file():

@@ -120,6 +120,7 @@ def _how(about: About, line: Line) -> list[tuple[str, str]]:
         ]
     if "measure" in line.parts:
         found.append((about.exercise.measure, f"{line.parts['measure']:.3f}"))
+        found.append(("… without any skill", f"{line.parts['chance']:.3f}"))
     found += [
         ("Effectiveness E", percent(line.effect)),
         ("Cost C / C_max", percent(line.cost)),

@@ -227,8 +227,11 @@ def _audit(name: str, house: bool, who: Field, outcomes: Sequence[Outcome], rule
         values[0, games.index((o.defence, o.partition)), seeds.index(o.seed)] = _reached(o)
     effects = _over_seeds(values, _draws(len(seeds)))[:, 0]
     known = [o.measure for o in mine if o.measure is not None and o.fault is None]
-    parts = {"measure": sum(known) / len(known)} if known else {}
-    return _line(name, who.side, house, mine, effects, who, rules, "", parts)
+    parts = {"measure": sum(known) / len(known), "chance": sum(o.chance for o in mine) / len(mine)} if known else {}
+    note = next((o.note for o in mine if o.note), "")
+    silent = bool(mine) and all(o.measure is None and o.fault is None for o in mine)
+    why = "nothing was measured" + (f": {note}" if note else "") if silent else ""
+    return _line(name, who.side, house, mine, effects, who, rules, why, parts)
 
 
 def _reached(o: Outcome) -> float:

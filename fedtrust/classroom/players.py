@@ -138,10 +138,18 @@ class SandboxedSeat:
             return {"submission": Copy(predict, playing.report.asked.get("query", 0))}
 
         def reconstruction(ctx: ProbeContext) -> Result:
-            examples = need(ctx.examples, "the registered samples")
-            x, y = audit.reconstruct(ctx, sum(examples[client] for client in need(ctx.sent, "what was sent")))
-            if y is not None and len(y) != len(x):
-                self._own = SubmissionFault("reply", f"it reconstructed {len(x)} samples and {len(y)} labels")
+            examples, classes = need(ctx.examples, "the registered samples"), ctx.task.classes
+            most = sum(examples[client] for client in ctx.clients or need(ctx.sent, "what was sent"))
+            x, y = audit.reconstruct(ctx, most)
+            why = ""
+            if len(x) > most:
+                why = f"it reconstructed {len(x)} samples, the most is {most}: those of the clients that replied"
+            elif y is not None and len(y) != len(x):
+                why = f"it reconstructed {len(x)} samples and {len(y)} labels"
+            elif y is not None and len(y) and not 0 <= int(y.min()) <= int(y.max()) < classes:
+                why = f"it says labels from {int(y.min())} to {int(y.max())}, the classes are 0 to {classes - 1}"
+            if why:
+                self._own = SubmissionFault("reply", why)
                 raise self._own
             return {"submission": Reconstructions((Reconstruction(None, x, y),))}
 

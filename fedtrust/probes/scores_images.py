@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fedtrust.data.base import FederatedData
+from fedtrust.engine import threads
 from fedtrust.probes.base import Artefact, ProbeContext, need, share
 from fedtrust.probes.guesses import LabelCounts, Prototype, Reconstruction, Reconstructions, scorer
 from fedtrust.probes.quality import png
@@ -86,14 +87,19 @@ def assigned(guess: Tensor, truth: Tensor, span: float) -> tuple[Tensor, Tensor,
     return rows, columns, each[rows, columns]
 
 
+def replied(full: ProbeContext) -> list[int]:
+    """Return the clients whose samples a guess of nobody in particular may be: those whose updates came in."""
+    return sorted(full.clients or full.sent or range(len(need(full.data, "the clients' data").parts)))
+
+
 def match(item: Reconstruction, full: ProbeContext, span: float) -> Matched:
     """Pair guesses with the client's samples.
 
-    A client's samples are those that it was dealt; a guess of nobody in particular is compared with those of every client of the round.
+    A client's samples are those that it was dealt; a guess of nobody in particular is compared with those of every client that replied.
     Values outside the range of the task are cut off first, as in any picture.
     """
     data = need(full.data, "the clients' data")
-    clients = [item.client] if item.client is not None else sorted(full.sent or range(len(data.parts)))
+    clients = [item.client] if item.client is not None else replied(full)
     pairs = [data.client(c) for c in clients]
     x, y = torch.cat([p[0] for p in pairs]), torch.cat([p[1] for p in pairs])
     guess = item.x if full.task.low is None else item.x.clamp(full.task.low, full.task.high)
@@ -124,9 +130,22 @@ def recovered(each: Tensor, samples: int) -> float:
     return float((each.clamp(0, EXACT) / EXACT).sum()) / max(1, samples)
 
 
-def blind(data: FederatedData) -> float:
-    """Return what is `recovered` by somebody who saw no update, and guesses the mean of all clients' samples."""
-    return recovered(psnr(mse(data.x.mean(0, keepdim=True), data.x)[0], _span(data)), len(data.x))
+def blind(full: ProbeContext) -> float:
+    """Return what is `recovered` of a round's samples by somebody who knows other samples of the kind, and saw no update.
+
+    The better of two guesses: the mean of the test samples for each; and as many centres of the test samples (k-means) as there are samples
+    to be found.
+    """
+    from sklearn.cluster import KMeans  # type: ignore[import-untyped, unused-ignore]
+
+    data, known = need(full.data, "the clients' data"), need(full.test, "the test samples")[0]
+    x, span = torch.cat([data.client(client)[0] for client in replied(full)]), span_of(full)
+    mean = recovered(psnr(mse(known.mean(0, keepdim=True), x)[0], span), len(x))
+    seed = int(torch.randint(2**31, (1,), generator=full.rng))
+    with threads.using(1):
+        found = KMeans(min(len(x), len(known)), n_init=1, random_state=seed).fit(known.flatten(1).double().numpy())
+    centres = torch.from_numpy(found.cluster_centers_).float().reshape(-1, *x.shape[1:])
+    return max(mean, recovered(assigned(centres, x, span)[2], len(x)))
 
 
 @scorer(Reconstructions)

@@ -34,8 +34,11 @@ class SandboxedAudit:
         return self._asked("score", ctx, wanted)["scores"]
 
     def reconstruct(self, ctx: ProbeContext, most: int) -> tuple[Tensor, Tensor | None]:
-        """Return what it believes was trained on: samples [m, *shape], at most `most`, and their labels [m] if it says any."""
-        shape = ctx.task.shape
+        """Return what it believes was trained on: samples [m, *shape], and their labels [m] if it says any.
+
+        `most` is how many there can be; up to twice as many come back, for the caller to refuse in its own words.
+        """
+        shape, most = ctx.task.shape, 2 * most
         kind = torch.int64 if ctx.task.kind == "characters" else torch.float32
         wanted = {
             "x": Expect((None, *shape), kind, most=most * torch.Size(shape).numel(), called="what it reconstructed"),

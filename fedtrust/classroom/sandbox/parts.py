@@ -207,6 +207,9 @@ class Audit:
         """Return scores [q], pictures [m, *shape] and their labels [m], or the parameters of a stolen model [d]."""
         ctx = self._context(data, tensors, host)
         op = data["op"]
+        if isinstance(self.found, dict) and op not in self.found:
+            found = ", ".join(self.found)
+            raise Refused("unusable", f"it has no function `{op}(ctx)`, which is what this exercise asks for (found: {found})")
         made = self.found[op](ctx) if isinstance(self.found, dict) else self.found(ctx)
         if isinstance(made, Mapping):
             kind = Membership if op == "score" else Reconstructions
@@ -216,9 +219,7 @@ class Audit:
             return {}, {"scores": scores.float() if isinstance(scores, Tensor) else scores}
         if op == "steal":
             return {}, {"params": made}
-        if isinstance(made, Reconstructions):
-            made = (torch.cat([item.x for item in made.items]), None)
-        x, y = made if isinstance(made, tuple) else (made, None)
+        x, y = _reconstructed(made, ctx)
         return {}, {"x": x, **({} if y is None else {"y": y})}
 
     def _context(self, data: Mapping[str, Any], tensors: Tensors, host: Host) -> ProbeContext:
@@ -249,6 +250,18 @@ class Audit:
             recipe=None if data["recipe"] is None else Recipe(**data["recipe"]),
             **pairs,
         )
+
+
+def _reconstructed(made: object, ctx: ProbeContext) -> tuple[Tensor, Tensor | None]:
+    """Return the samples and labels in what `reconstruct` returned."""
+    if isinstance(made, Reconstructions):
+        labels = [item.y for item in made.items if item.y is not None]
+        x = torch.cat([item.x for item in made.items]) if made.items else torch.zeros(0, *ctx.task.shape)
+        return x, torch.cat(labels) if labels and len(labels) == len(made.items) else None
+    given: tuple[object, object] = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+    if not isinstance(given[0], Tensor) or not isinstance(given[1], Tensor | None):
+        raise Refused("reply", f"returned {type(made).__name__}; expected samples [m, *shape], or a pair (samples, labels [m])")
+    return given[0], given[1]
 
 
 class Evasion:

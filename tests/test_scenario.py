@@ -120,7 +120,7 @@ def test_every_default_is_written_out(folder: Path) -> None:
     assert made.strategy.aggregator == Ref(name="mean")
     assert made.probes == [Ref(name="accuracy")]
     written = tomllib.loads(made.resolved_toml())
-    assert written["data"]["source"] == {"name": "digits", "test_fraction": 0.2, "limit": 240}
+    assert written["data"]["source"] == {"name": "digits", "test_fraction": 0.2, "limit": 240, "draw": 0}
     assert written["clients"]["train"]["nesterov"] is False
     assert written["engine"] == {"path": "auto", "precision": "float32", "deadline": 600.0, "retries": 1}
     assert load("full.toml").attackers[1].knowledge in ("own", "coalition", "omniscient", "omniscient+defence")

@@ -32,7 +32,7 @@ SQUARE = attack("badnets", count=3, target=2, size=2)
 PATCH = attack("badnets", target=2)
 
 # A repair, the least that it takes from success, the most that it takes from accuracy.
-REPAIRS = {"neural-cleanse": (0.6, 0.04), "nad": (0.35, 0.08), "fine-pruning": (0.25, 0.05), "anp": (0.08, 0.04)}
+REPAIRS = {"neural-cleanse": (0.6, 0.04), "nad": (0.35, 0.08), "fine-pruning": (0.25, 0.05)}
 
 
 def repaired(name: str) -> tuple[dict[str, float], dict[str, float]]:
@@ -50,9 +50,10 @@ def test_the_repair_takes_the_backdoor_out(name: str) -> None:
     assert before["accuracy"] - after["accuracy"] < price
 
 
-def test_reconstructive_pruning_does_not_find_it() -> None:
-    """Measured: 95 % before and 87 % after, for five points of accuracy."""
-    before, after = repaired("rnp")
+@pytest.mark.parametrize("name", ["anp", "rnp"])
+def test_pruning_by_perturbation_or_reconstruction_does_not_find_it(name: str) -> None:
+    """Measured: 95 % before; ANP took more than 8 points of it on one processor and 1 on another, RNP 8 for five points of accuracy."""
+    before, after = repaired(name)
     assert after["attack-success"] > 0.6 < before["attack-success"]
 
 

@@ -507,9 +507,7 @@ def steal(ctx):
     assert y.tolist() == [1, 2]
     assert torch.allclose(audit.steal(seen(params=PARAMS)), 2 * PARAMS)
     with pytest.raises(SubmissionFault, match="the most is"):
-        audit.reconstruct(
-            seen(updates=updates, clients=(4, 5, 6)), most=0
-        )  # up to twice as many come back: players say in words how many there may be
+        audit.reconstruct(seen(updates=updates, clients=(4, 5, 6)), most=0)
     playing.end()
 
 

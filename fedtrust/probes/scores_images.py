@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from fedtrust.data.base import FederatedData
-from fedtrust.engine import threads
 from fedtrust.probes.base import Artefact, ProbeContext, need, share
 from fedtrust.probes.guesses import LabelCounts, Prototype, Reconstruction, Reconstructions, scorer
 from fedtrust.probes.quality import png
@@ -137,12 +136,13 @@ def blind(full: ProbeContext) -> float:
     to be found.
     """
     from sklearn.cluster import KMeans  # type: ignore[import-untyped, unused-ignore]
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped, unused-ignore]
 
     data, known = need(full.data, "the clients' data"), need(full.test, "the test samples")[0]
     x, span = torch.cat([data.client(client)[0] for client in replied(full)]), span_of(full)
     mean = recovered(psnr(mse(known.mean(0, keepdim=True), x)[0], span), len(x))
     seed = int(torch.randint(2**31, (1,), generator=full.rng))
-    with threads.using(1):
+    with threadpool_limits(1):  # the same sum, and so the same bits, on any number of cores
         found = KMeans(min(len(x), len(known)), n_init=1, random_state=seed).fit(known.flatten(1).double().numpy())
     centres = torch.from_numpy(found.cluster_centers_).float().reshape(-1, *x.shape[1:])
     return max(mean, recovered(assigned(centres, x, span)[2], len(x)))

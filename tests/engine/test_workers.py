@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import os
 import threading
 import time
 import weakref
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fedtrust.client import Behaviour, View
-from fedtrust.engine import pool, workers
+from fedtrust.engine import pool, threads, workers
 from fedtrust.engine.cohort import Chunk, ClientTask, Trained
 from fedtrust.engine.partial import Sums
 from fedtrust.engine.pool import Done, Failed, LostError, Piece, Pool, Ran, Round
@@ -91,6 +92,25 @@ def test_results_come_in_order_with_the_same_bits_for_any_number_of_threads(smal
     torch.testing.assert_close(sums.total, weights @ torch.cat([r.updates for r in rows.results]), rtol=1e-5, atol=1e-5)
     assert [len(r.updates) for r in sums.results] == [0] * 4
     assert [r.total for r in sums.results] == [None] * 4  # what is in the sum is not held twice
+
+
+CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+
+
+@pytest.mark.skipif(len(CORES) < 2, reason="one core, or a system that does not say")
+def test_threads_stay_on_cores_of_their_own_where_they_fill_the_machine_and_nowhere_else() -> None:
+    def after(index: int, count: int) -> tuple[bool, set[int]]:
+        return threads.within(10.0, lambda: (threads.stay(index, count), os.sched_getaffinity(0)))
+
+    many = len(CORES)
+    assert [after(i, many) for i in range(many)] == [(True, {core}) for core in CORES]
+    assert after(many, 2 * many) == (True, {CORES[0]})
+    assert after(0, 1) == after(0, many + 1) == (False, set(CORES))
+    for count, wanted in ((many, [{core} for core in CORES]), (1, [set(CORES)])):
+        with closing(LocalExecutor(count)) as executor:
+            time.sleep(0.2)
+            assert [os.sched_getaffinity(hand.thread.native_id or 0) for hand in executor._hands] == wanted
+    assert os.sched_getaffinity(0) == set(CORES)  # who drives them goes where there is room
 
 
 def test_nothing_to_do_is_done_at_once(small: Small) -> None:

@@ -162,8 +162,13 @@ def _attempt(world: World, chunk: Chunk, ready: list[Ready], faults: dict[int, s
         return _attempt(world, chunk, [], faults)
     if world.device.startswith("cuda"):
         torch.cuda.empty_cache()
-    done = [_attempt(world, chunk, part, faults) for part in parts]
-    return torch.cat([d[0] for d in done]), torch.cat([d[1] for d in done]), [r for d in done for r in d[2]]
+    rows, losses, done = [], [], []
+    for part in parts:
+        updates, mean, trained = _attempt(world, chunk, part, faults)
+        rows.append(updates.clone())  # the next part may be trained in the same place
+        losses.append(mean)
+        done += trained
+    return torch.cat(rows), torch.cat(losses), done
 
 
 #: For each training thread, under `event`, what its executor sets when it wants the thread to stop.
@@ -251,8 +256,9 @@ def _train_blocks(world: World, chunk: Chunk, ready: list[Ready]) -> tuple[Tenso
         gradient = _fused_gradient(world) if choose_path(world, behaviour) == "fused" else _vmap_gradient(world, behaviour, ready[0].view)
     start = chunk.params.to(world.device)
     project = _projection(behaviour, views.in_loss(ready[0].view, device=world.device))
-    block = start.repeat(len(ready), 1)
-    grads = torch.empty_like(block)
+    block = torch.empty(len(ready), len(start), device=start.device) if chunk.rows else _place("block", len(ready), start)
+    block.copy_(start)
+    grads = _place("gradients", len(ready), start)
     state = world.optimiser.init(block)
     x, y, batches, marks = merged(world, ready)
     steps = [len(one.batches) for one in ready]
@@ -273,6 +279,25 @@ def _train_blocks(world: World, chunk: Chunk, ready: list[Ready]) -> tuple[Tenso
         if project is not None:
             params.copy_(start + project(params - start, here))
     return block.sub_(start), total / torch.tensor(steps, device=world.device)
+
+
+#: The blocks of each training thread, by name.
+_PLACES = threading.local()
+
+
+def _place(name: str, k: int, like: Tensor) -> Tensor:
+    """Return a block [k, d] for vectors like this one [d], with whatever was left in it.
+
+    On a CPU it is this thread's own, and the next chunk finds it again: two threads that take and free blocks of many megabytes leave
+    ever other gaps in the heap, which then grows whenever a block no longer fits.
+    """
+    if like.device.type != "cpu":
+        return like.new_empty(k, len(like))
+    found: Tensor | None = getattr(_PLACES, name, None)
+    if found is None or len(found) < k or found.shape[1] != len(like):
+        found = like.new_empty(k, len(like))
+        setattr(_PLACES, name, found)
+    return found[:k]
 
 
 def _taken(x: Tensor, batch: Tensor) -> Tensor:

@@ -126,6 +126,7 @@ class Worker:
         self._names.pop(job, None)
         used = {name for names in self._names.values() for name in names}
         self._samples = {name: values for name, values in self._samples.items() if name in used}
+        threads.give_back()
 
     def holds(self) -> tuple[list[int], int]:
         """Return the jobs whose worlds are here, and how many tensors of samples."""

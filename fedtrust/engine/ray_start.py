@@ -37,6 +37,7 @@ def import_ray() -> Any:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")  # a thread that comes late must not start another Ray
+    threads.one_heap()  # before Ray's own threads have theirs
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -95,7 +95,8 @@ def within(seconds: float, call: Callable[[], T], aside: Callable[[], float] = l
 
 
 #: glibc's mallopt options (malloc.h): keep freed memory, take large blocks from the heap too, and use one heap.
-_KEEP = ((-1, 2**31 - 1), (-3, 32 << 20), (-4, 0), (-8, 1))
+_ONE_HEAP = ((-8, 1),)
+_KEEP = ((-1, 2**31 - 1), (-3, 32 << 20), (-4, 0), *_ONE_HEAP)
 
 
 def keep_memory() -> bool:
@@ -104,8 +105,33 @@ def keep_memory() -> bool:
     A training step frees and takes the same large activations again; paging them in anew cost up to 43 % of a step of 25 clients. The
     process keeps its peak memory in return. Other C libraries are left alone.
     """
+    return _tell(_KEEP)
+
+
+def one_heap() -> bool:
+    """Tell glibc that all threads are to use one heap; return whether it agreed.
+
+    It would give each new one its own, up to eight a core. What one frees then fits nobody else, and a process that does not train but
+    takes in what others send, on many short-lived threads, grows for hundreds of rounds without holding on to anything.
+    """
+    return _tell(_ONE_HEAP)
+
+
+def give_back() -> bool:
+    """Give the memory that nobody holds back to the kernel; return whether there was any.
+
+    What `keep_memory` keeps lies in pieces between what is held. Now and then a large block fits none of them although they would do
+    together, and the heap grows; from whole pages given back it starts again.
+    """
+    try:
+        return bool(ctypes.CDLL(None).malloc_trim(0))
+    except (OSError, AttributeError):
+        return False
+
+
+def _tell(options: tuple[tuple[int, int], ...]) -> bool:
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return False
-    return all(mallopt(option, value) == 1 for option, value in _KEEP)
+    return all(mallopt(option, value) == 1 for option, value in options)

@@ -16,6 +16,7 @@ from torch import Tensor
 from fedtrust.client import Behaviour, ClientMemory, Predict, View
 from fedtrust.engine import cohort, seeds
 from fedtrust.engine.cohort import Chunk, ClientTask, Trained, choose_path, train
+from fedtrust.engine.partial import Sums
 from fedtrust.engine.prepare import local_steps, schedule
 from fedtrust.engine.world import World
 from fedtrust.registry import REGISTRY
@@ -79,6 +80,23 @@ def test_a_chunk_that_is_too_large_for_memory_is_halved(small: Callable[..., Sce
     monkeypatch.setattr(cohort, "_train_blocks", tight)
     torch.testing.assert_close(by_client(train(world, chunk)), expected, atol=1e-6, rtol=1e-5)
     assert seen == [7, 3, 1, 2, 4, 2, 2]
+    added = train(world, chunk._replace(sums=Sums(), rows=False)).total  # rows that nobody wants are all made in one place
+    assert added is not None
+    torch.testing.assert_close(added, expected.sum(0), atol=1e-6, rtol=1e-5)
+
+
+def test_updates_that_are_sent_back_outlive_the_next_chunk(small: Callable[..., Scenario]) -> None:
+    world = build(small(model="cnn")).world
+    chunk = chunk_of(world, REGISTRY.make("behaviour", "honest"))
+    sent = train(world, chunk).updates
+    kept = sent.clone()
+    added = train(world, chunk._replace(round=2, sums=Sums(), rows=False)).total
+    again = train(world, chunk._replace(round=2, sums=Sums())).total
+    assert torch.equal(sent, kept)
+    assert added is not None
+    assert again is not None
+    assert torch.equal(added, again)
+    assert not torch.allclose(added, kept.sum(0))
 
 
 def test_the_loop_is_plain_pytorch(small: Callable[..., Scenario]) -> None:

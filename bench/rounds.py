@@ -1,6 +1,7 @@
 """Seconds a round of the same client work: fedtrust against Flower's own engine, a loop written by hand, and pfl where it is at hand.
 
-    python -m bench [--clients 40 100 400 1000] [--model cnn|cnn-large|resnet18] [--rounds 5] [--no-flower] [--pfl PYTHON] [--json FILE]
+    python -m bench [--clients 40 100 400 1000] [--model cnn|cnn-large|resnet18|resnet18-large-stem] [--rounds 5] [--no-flower]
+        [--pfl PYTHON] [--json FILE]
 
 Every contender runs in a process of its own. Flower's engine and pfl, which cannot be stepped, run first; the others play round by round
 in turn. The first round is left out, the figures are medians, and after the timed rounds comes one more in which the memory is read.
@@ -24,9 +25,9 @@ from bench.contender import Contender, ContenderError, closing
 from bench.options import Options, natural
 from bench.work import Work, export
 
-MODELS = {"cnn": (40, 100, 400, 1000), "cnn-large": (40,), "resnet18": (40,)}
+MODELS = {"cnn": (40, 100, 400, 1000), "cnn-large": (40,), "resnet18": (40,), "resnet18-large-stem": (40,)}
 #: Samples a client; `None`: 4000 shared by all.
-SAMPLES = {"cnn": None, "cnn-large": 20, "resnet18": 20}
+SAMPLES = {"cnn": None, "cnn-large": 20, "resnet18": 20, "resnet18-large-stem": 20}
 TRAINING_SAMPLES = 4000
 FLOWER, PURE, PFL = "Flower's engine", "pure loop, 1 thread", "pfl, 2 processes"
 

@@ -29,6 +29,8 @@ from fedtrust.setup import Setup, build
 from fedtrust.strategy import FedTrustStrategy
 
 LR, BATCH = 0.05, 10
+#: Models of the bench that are not a registered one as it is.
+MODELS: dict[str, Any] = {"resnet18-large-stem": {"name": "resnet18", "params": {"stem": "large"}}}
 
 
 class Work(NamedTuple):
@@ -57,7 +59,7 @@ def recipe(work: Work, way: Way | None = None) -> Setup:
         "title": "bench",
         "rounds": 1,
         "data": {"source": {"name": "mnist5k", **limit}},
-        "model": work.model,
+        "model": MODELS.get(work.model, work.model),
         "clients": {"count": work.clients, "train": {"lr": LR, "batch_size": BATCH}},
         "strategy": {"aggregator": way.aggregator},
         "engine": {"path": way.path, "precision": way.precision},

@@ -107,14 +107,15 @@ def cnn_large(task: Task, *, hidden: Width = 128) -> nn.Module:
 
 
 @model("resnet18", paper="He et al., CVPR 2016, section 4; GroupNorm: Wu and He, ECCV 2018")
-def resnet18(task: Task, *, groups: Literal[1, 2, 4, 8, 16, 32, 64] = 8) -> nn.Module:
+def resnet18(task: Task, *, groups: Literal[1, 2, 4, 8, 16, 32, 64] = 8, stem: Literal["auto", "small", "large"] = "auto") -> nn.Module:
     """The ResNet-18 of torchvision with GroupNorm; 11.2M parameters.
-
-    Images below 64 pixels get a 3x3 first convolution of stride 1 and no max-pool, as in He et al. (CVPR 2016), section 4.2.
 
     Args:
         task: an image task with sides of at least 8 pixels.
         groups: groups of every GroupNorm.
+        stem: what comes first. `large`: the 7x7 convolution of stride 2 and the max-pool of torchvision, made for ImageNet; `small`: a 3x3
+            convolution of stride 1 and no max-pool, as in He et al. (CVPR 2016), section 4.2, which takes some fifteen times the
+            arithmetic; `auto`: the small one for images below 64 pixels.
 
     Raises:
         InputError: the samples are not images, or too small.
@@ -123,8 +124,7 @@ def resnet18(task: Task, *, groups: Literal[1, 2, 4, 8, 16, 32, 64] = 8) -> nn.M
 
     channels, height, width = _image(task, "resnet18", smallest=8)
     net: nn.Module = torchvision_resnet18(weights=None, norm_layer=lambda c: nn.GroupNorm(groups, c), num_classes=task.classes)
-    small = min(height, width) < SMALL_IMAGE
-    if small:
+    if stem == "small" or (stem == "auto" and min(height, width) < SMALL_IMAGE):
         net.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
         net.maxpool = nn.Identity()
     elif channels != 3:

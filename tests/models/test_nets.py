@@ -78,6 +78,13 @@ def test_resnet_stem_depends_on_the_image_size() -> None:
     assert (large.conv1.kernel_size, large.conv1.stride, large.conv1.in_channels) == ((7, 7), (2, 2), 1)
     assert isinstance(large.maxpool, nn.MaxPool2d)
     assert large.bn1.num_groups == 4
+    asked = build("resnet18", {"stem": "large"}, CIFAR, 0)
+    assert (asked.conv1.kernel_size, asked.conv1.stride, asked.conv1.in_channels) == ((7, 7), (2, 2), 3)
+    assert isinstance(asked.maxpool, nn.MaxPool2d)
+    assert asked(torch.rand(2, 3, 8, 8)).shape == (2, 10)
+    other = build("resnet18", {"stem": "small"}, Task("classification", (1, 64, 64), 5), 0)
+    assert other.conv1.kernel_size == (3, 3)
+    assert isinstance(other.maxpool, nn.Identity)
 
 
 def test_parameters_change_the_model() -> None:

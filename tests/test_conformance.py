@@ -395,8 +395,6 @@ def test_a_probe_measures_the_model(name: str) -> None:
 def test_batched_and_one_at_a_time_agree(name: str) -> None:
     """The whole run, not only one chunk: the same model on the reference path."""
     changes = ROWS[name].changes
-    if name in ("model/resnet18",):
-        changes = merged(changes, {"engine": {"path": "vmap"}})  # its fast path is the loop itself
     reference = played(merged(changes, {"engine": {"path": "loop"}}))[1]
     fast = played(changes)[1]
     for key, value in reference.items():

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 #: bfloat16 1.1.
 STEP_BYTES = 32 << 20
 FEWEST, MOST = 2, 50
+#: Bytes that the updates of a chunk may have.
+BLOCK_BYTES = 256 << 20
 #: A round of few clients is not cut finer than this, if that many fit.
 SMALL = 4
 #: A round is cut into about this many chunks if it has the clients: enough to keep several workers busy.
@@ -46,7 +48,7 @@ class Cut(NamedTuple):
 def cpu_cut(world: World) -> Cut:
     """Return how clients are cut for CPUs, whatever their number."""
     size = 4 * hidden_numbers(world) * world.batch_size
-    return Cut(max(FEWEST, min(MOST, STEP_BYTES // max(1, size))))
+    return Cut(max(FEWEST, min(MOST, STEP_BYTES // max(1, size), BLOCK_BYTES // (4 * world.layout.size))))
 
 
 def gpu_cut(world: World, free: int, workers: int) -> Cut:

@@ -26,6 +26,7 @@ from torch.func import functional_call, grad_and_value, vmap
 from fedtrust import views
 from fedtrust.client import Behaviour, ClientMemory, Predict, View, capabilities, overrides
 from fedtrust.engine import per_sample, seeds
+from fedtrust.engine.fused import Fused
 from fedtrust.engine.loss_gradient import with_gradient
 from fedtrust.engine.partial import Partial, Sums, look, partial
 from fedtrust.engine.prepare import Ready, client_data, merged, prepare, said, schedule
@@ -34,6 +35,9 @@ from fedtrust.interrupt import Stopped
 
 #: Above this many parameters a model without a fused form trains faster one at a time than under vmap on a CPU.
 LOOP_ABOVE = 1_000_000
+#: Above this many parameters the clients of a fused chunk are trained one after the other on a CPU: side by side each step would read
+#: all their models from memory.
+ALONE_ABOVE = 4_000_000
 
 
 class ClientTask(NamedTuple):
@@ -136,13 +140,15 @@ def _result(
 def choose_path(world: World, behaviour: Behaviour) -> Path:
     """Return the path on which clients with this behaviour are trained."""
     own = overrides(behaviour, "loss") or overrides(behaviour, "per_sample")
-    if world.path == "fused" and (own or world.fused is None):
+    fused = world.fused is not None and world.fused.fits(world.device, world.dtype) and not own
+    if world.path == "fused" and not fused:
         return "vmap"  # asked for, but this model or step has no fused form
     if world.path != "auto":
         return world.path
-    if world.fused is not None:
-        return "vmap" if own else "fused"
-    return "loop" if world.layout.size > LOOP_ABOVE and world.device == "cpu" else "vmap"
+    if fused:
+        return "fused"
+    stack = isinstance(world.fused, Fused)
+    return "loop" if world.layout.size > LOOP_ABOVE and world.device == "cpu" and not stack else "vmap"
 
 
 def _attempt(world: World, chunk: Chunk, ready: list[Ready], faults: dict[int, str]) -> tuple[Tensor, Tensor, list[Ready]]:
@@ -151,7 +157,7 @@ def _attempt(world: World, chunk: Chunk, ready: list[Ready], faults: dict[int, s
         return torch.zeros(0, world.layout.size, device=world.device), torch.zeros(0, device=world.device), []
     parts = [[one] for one in ready]
     try:
-        trainer = {"loop": _train_loop, "vmap": _train_blocks, "fused": _train_blocks}[choose_path(world, ready[0].task.behaviour)]
+        trainer = {"loop": _train_loop, "vmap": _train_blocks, "fused": _train_fused}[choose_path(world, ready[0].task.behaviour)]
         return *trainer(world, chunk, ready), ready
     except torch.OutOfMemoryError as error:
         why, parts = said("training", error), [ready[: len(ready) // 2], ready[len(ready) // 2 :]]
@@ -244,8 +250,22 @@ Step = Callable[[Tensor, Tensor, Tensor | None, int], Tensor]
 Gradient = Callable[[Tensor, ClientMemory, Tensor], Step]
 
 
-def _train_blocks(world: World, chunk: Chunk, ready: list[Ready]) -> tuple[Tensor, Tensor]:
-    """All clients of the chunk at once: parameters, gradients and optimiser state are blocks [k, d]."""
+def _train_fused(world: World, chunk: Chunk, ready: list[Ready]) -> tuple[Tensor, Tensor]:
+    """All clients of the chunk at once, or one after the other where a step of one alone leaves the cache: the same updates."""
+    block = _rows(chunk, len(ready))
+    if len(ready) == 1 or world.layout.size <= ALONE_ABOVE or world.device != "cpu":
+        return _train_blocks(world, chunk, ready, block)
+    losses = [_train_blocks(world, chunk, [one], block[i : i + 1])[1] for i, one in enumerate(ready)]
+    return block, torch.cat(losses)
+
+
+def _rows(chunk: Chunk, k: int) -> Tensor:
+    """Return a place for k models' parameters [k, d], where they are trained and become updates."""
+    return chunk.params.new_empty(k, len(chunk.params)) if chunk.rows else _place("block", k, chunk.params)
+
+
+def _train_blocks(world: World, chunk: Chunk, ready: list[Ready], block: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """All clients of the chunk at once: parameters, gradients and optimiser state are blocks [k, d]; `block`: where the first are."""
     behaviour = ready[0].task.behaviour
     ready, taken = per_sample.padded(ready)
     gradient: Gradient
@@ -256,7 +276,8 @@ def _train_blocks(world: World, chunk: Chunk, ready: list[Ready]) -> tuple[Tenso
         gradient = _fused_gradient(world) if choose_path(world, behaviour) == "fused" else _vmap_gradient(world, behaviour, ready[0].view)
     start = chunk.params.to(world.device)
     project = _projection(behaviour, views.in_loss(ready[0].view, device=world.device))
-    block = torch.empty(len(ready), len(start), device=start.device) if chunk.rows else _place("block", len(ready), start)
+    if block is None or block.device != start.device:
+        block = _rows(chunk._replace(params=start), len(ready))
     block.copy_(start)
     grads = _place("gradients", len(ready), start)
     state = world.optimiser.init(block)

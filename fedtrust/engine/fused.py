@@ -9,15 +9,13 @@ instead (`native_plan`, `native_layers`, `kernels`); where LLVM is not to be had
 The backward pass is written out, layer by layer, in place of being recorded by autograd: gradients are written where they are wanted,
 buffers are used again as soon as nobody needs them, and a step costs about a third less (`fused_layers`).
 
-Only plain stacks of known layers are understood; for anything else `fuse` says so by returning `None`, and the engine trains under
-`torch.func.vmap`.
+Only stacks of known layers are understood, and networks of them that branch and add up again (`fused_branches`); for anything else `fuse`
+says so by returning `None`, and the engine trains under `torch.func.vmap`.
 """
 
 from __future__ import annotations
 
-import threading
-import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -25,18 +23,31 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fedtrust.engine.fused_layers import ELEMENTWISE, POOLS, At, Conv, Flat, Layer, Linear, Merge, Pool, Recorded, Rectify, Split
+from fedtrust.engine import fused_graph
+from fedtrust.engine.fused_branches import Branched, branched
+from fedtrust.engine.fused_graph import Node
+from fedtrust.engine.fused_layers import (
+    ELEMENTWISE,
+    POOLS,
+    At,
+    Conv,
+    Flat,
+    Layer,
+    Linear,
+    Merge,
+    Pool,
+    Recorded,
+    Rectify,
+    Split,
+    kept,
+    no_native,
+)
 
 Parameters = Mapping[str, Tensor]
 _Found = tuple[nn.Module, str | None, str | None]  # a layer, and the full names of its weight and bias
 
-_KNOWN = (nn.Conv2d, nn.Flatten, nn.GroupNorm, nn.Linear, *ELEMENTWISE, *POOLS)
 #: Layers whose output is a new tensor that they do not need for their own gradient: what follows may write over it.
 _FRESH = (nn.Conv2d, nn.GroupNorm, nn.Linear, *POOLS)
-
-
-#: The buffers of each thread, by fused form.
-_LOCAL = threading.local()
 
 
 class _Step(NamedTuple):
@@ -71,19 +82,16 @@ class Fused:
         example = next(iter(parameters.values()))
         plain = self.native is None or example.device.type != "cpu" or example.dtype != torch.float32 or no_native()
         steps = self.steps if plain or self.native is None else self.native
-        first, scratch = _first(steps), self._scratch()
+        first, scratch = _first(steps), kept(self)
         places = []
         for number, (layer, weight, bias) in enumerate(steps):
             w, c, gw, gc = _of(parameters, weight), _of(parameters, bias), _of(into, weight), _of(into, bias)
             places.append((layer, At(len(example), w, c, gw, gc, wanted=number > first, scratch=scratch.setdefault(number, {}))))
         return Bound(tuple(places), first)
 
-    def _scratch(self) -> dict[int, dict[str, Tensor]]:
-        """Return the layers' buffers. They are this thread's, and the next chunk that it trains finds them again."""
-        if not hasattr(_LOCAL, "scratch"):
-            _LOCAL.scratch = weakref.WeakKeyDictionary()
-        found: dict[int, dict[str, Tensor]] = _LOCAL.scratch.setdefault(self, {})
-        return found
+    def fits(self, device: str, dtype: torch.dtype) -> bool:
+        """Whether it can be used there, in this type: everywhere."""
+        return True
 
 
 class Bound(NamedTuple):
@@ -114,15 +122,6 @@ class Bound(NamedTuple):
                 grad = layer.backward(grad, tape.pop(), at)
 
 
-def no_native() -> str:
-    """Return why no layer runs as machine code of its own on this machine's CPU; empty if they do."""
-    try:
-        from fedtrust.engine import jit
-    except ImportError as error:  # bench.gpu runs on torch alone
-        return str(error)
-    return jit.missing()
-
-
 def describe_native() -> str:
     """Return in words what computes the layers of fused cohorts on this machine's CPU."""
     why = no_native()
@@ -142,24 +141,25 @@ def _of(parameters: Parameters, name: str | None) -> Tensor | None:
     return None if name is None else parameters[name]
 
 
-def fuse(module: nn.Module) -> Fused | None:
+def fuse(module: nn.Module) -> Fused | Branched | None:
     """Return the fused form of a model, or `None` where it has none.
 
     Args:
-        module: an `nn.Sequential` (nested ones too) of Conv2d, Linear, GroupNorm, MaxPool2d, AvgPool2d, Flatten and elementwise
-            activations, none of them shared, hooked or in place.
+        module: Conv2d, Linear, GroupNorm, pools, Flatten, elementwise activations and sums, none of them shared, hooked or in place: an
+            `nn.Sequential` (nested ones too), or a module whose `forward` applies them (see `fused_graph.read`).
     """
-    found: list[_Found] = []
-    for prefix, layer in _leaves(module, ""):
-        if not _understood(layer) or any(layer is other for other, _, _ in found):
-            return None
-        own = {name for name, _ in layer.named_parameters()}
-        found.append((layer, prefix + "weight" if "weight" in own else None, prefix + "bias" if "bias" in own else None))
-    used = {name for _, weight, bias in found for name in (weight, bias) if name}
-    if not used or used != {name for name, _ in module.named_parameters()}:
-        return None  # parameters shared between layers, or owned by a container
-    found = _pool_first(found)
+    nodes = fused_graph.read(module)
+    if nodes is None:
+        return None
+    if not fused_graph.chain(nodes):
+        return branched(nodes)
+    found = _pool_first([_found(node) for node in nodes])
     return Fused(tuple(_plan(found)), _native_plan(found))
+
+
+def _found(node: Node) -> _Found:
+    assert node.layer is not None
+    return node.layer, node.weight, node.bias
 
 
 def _native_plan(found: list[_Found]) -> tuple[_Step, ...] | None:
@@ -232,31 +232,6 @@ def _fused(layer: nn.Module, fresh: bool) -> Layer:
     if isinstance(layer, nn.MaxPool2d):
         return Pool(layer)
     return Recorded(layer)
-
-
-def _leaves(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
-    """Yield (prefix of its parameter names, layer) of nested `nn.Sequential`s in the order of the data."""
-    if type(module) is nn.Sequential and not _hooked(module):
-        for name, child in module._modules.items():  # a layer that stands twice in it comes twice
-            if child is not None:
-                yield from _leaves(child, f"{prefix}{name}.")
-    else:
-        yield prefix, module
-
-
-def _understood(layer: nn.Module) -> bool:
-    """Whether the layer is exactly one of the known ones (a subclass may do something else), in a form that fuses."""
-    if type(layer) not in _KNOWN or _hooked(layer) or getattr(layer, "inplace", False):
-        return False
-    if isinstance(layer, nn.Conv2d):
-        return layer.padding_mode == "zeros"
-    if isinstance(layer, nn.Flatten):
-        return (layer.start_dim, layer.end_dim) == (1, -1)
-    return not (isinstance(layer, nn.MaxPool2d) and layer.return_indices)
-
-
-def _hooked(layer: nn.Module) -> bool:
-    return any((layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks, "forward" in vars(layer)))
 
 
 def _pool_first(found: list[_Found]) -> list[_Found]:

@@ -6,6 +6,8 @@ Hidden values come in two forms here: split, [k, b, ...], a model at a time, and
 
 from __future__ import annotations
 
+import threading
+import weakref
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -17,7 +19,7 @@ _aten = torch.ops.aten
 #: Layers that treat every number alike, so that the fused form is the layer itself.
 ELEMENTWISE = (nn.ELU, nn.GELU, nn.Identity, nn.LeakyReLU, nn.ReLU, nn.SiLU, nn.Sigmoid, nn.Softplus, nn.Tanh)
 #: Layers that treat every channel alike.
-POOLS = (nn.AvgPool2d, nn.MaxPool2d)
+POOLS = (nn.AdaptiveAvgPool2d, nn.AvgPool2d, nn.MaxPool2d)
 
 
 class At(NamedTuple):
@@ -38,6 +40,27 @@ class At(NamedTuple):
     gc: Tensor | None = None
     wanted: bool = True
     scratch: dict[str, Tensor] = {}  # noqa: RUF012  # never changed: `Fused.on` gives each place its own
+
+
+#: The buffers of each thread, by fused form.
+_LOCAL = threading.local()
+
+
+def kept(form: Any) -> dict[int, dict[str, Tensor]]:
+    """Return the buffers of a fused form's layers. They are this thread's, and the next chunk that it trains finds them again."""
+    if not hasattr(_LOCAL, "scratch"):
+        _LOCAL.scratch = weakref.WeakKeyDictionary()
+    found: dict[int, dict[str, Tensor]] = _LOCAL.scratch.setdefault(form, {})
+    return found
+
+
+def no_native() -> str:
+    """Return why no layer runs as machine code of its own on this machine's CPU; empty if they do."""
+    try:
+        from fedtrust.engine import jit
+    except ImportError as error:  # bench.gpu runs on torch alone
+        return str(error)
+    return jit.missing()
 
 
 class Layer(Protocol):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fedtrust.data.base import FederatedData
 from fedtrust.engine.fused import Fused, fuse
+from fedtrust.engine.fused_branches import Branched
 from fedtrust.layout import Layout
 from fedtrust.models.architecture import Architecture
 
@@ -55,7 +56,7 @@ class World:
         object.__setattr__(self, "fused", fuse(self.module))
 
     layout: Layout = None  # type: ignore[assignment]  # derived from the module
-    fused: Fused | None = None  # its fused form, where it has one
+    fused: Fused | Branched | None = None  # its fused form, where it has one
 
     @property
     def dtype(self) -> torch.dtype:

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedtrust.strategies import distances
+from fedtrust.strategies import distances, geometric
 from fedtrust.strategies.distances import centred_gram
-from fedtrust.strategies.geometric import weiszfeld
+from fedtrust.strategies.geometric import over_updates, weiszfeld
 from tests.strategies.rules_kit import context, normal, verdict
 
 
@@ -121,6 +121,76 @@ def test_values_near_the_end_of_float32() -> None:
     rows = torch.full((5, 2), 1e37)
     rows[0] = 3e38
     assert verdict("aggregator", "geometric-median", rows).value.tolist() == pytest.approx([1e37, 1e37])
+
+
+@pytest.fixture
+def few_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """40 rows of 2000 numbers count as many long ones; the search starts from 8 x 32 of the numbers."""
+    monkeypatch.setattr(geometric, "MANY_ROWS", 20)
+    monkeypatch.setattr(geometric, "_COLUMNS", 256)
+    monkeypatch.setattr(geometric, "_PIECES", 8)
+
+
+def many_long_rows(what: str) -> Tensor:
+    rows = normal(40, 2000, seed=5) + 0.5
+    if what == "outliers":
+        rows[:12] = rows[:12] * 50 + 300
+    elif what == "outliers that the start does not see":
+        rows[:12, 100:200] += 1000.0
+    elif what == "a coalition":
+        rows[:15] = rows[0] + 1e-3 * normal(15, 2000, seed=6)
+    elif what == "two camps":  # the sum of distances hardly changes between them
+        rows = rows * 1e-2 + torch.where(torch.arange(40) < 20, -1.0, 1.0)[:, None]
+        rows[0] += 1.5
+    elif what == "most are one":
+        rows[:25] = rows[0].clone()
+    return rows
+
+
+MANY_LONG_ROWS = {
+    "all alike": True,
+    "outliers": True,
+    "outliers that the start does not see": False,
+    "a coalition": False,
+    "two camps": False,
+    "most are one": True,
+}
+
+
+@pytest.mark.parametrize("what", MANY_LONG_ROWS)
+def test_many_long_rows_have_the_same_geometric_median(what: str, few_are_many: None) -> None:
+    """Whether going over the rows finds it in time, or their products have to."""
+    rows = many_long_rows(what)
+    for weights in (torch.ones(40), torch.arange(1.0, 41)):
+        share = weights.double() / weights.double().sum()
+        shares, _ = weiszfeld(centred_gram(rows, exact=True), share, 1e-6, 1000, 1e-14)
+        expected = (shares[:, None] * rows.double()).sum(0)
+        found = over_updates(rows, share, 1e-6, 1000, 1e-12)
+        if weights[0] == weights[1]:
+            assert (found is not None) == MANY_LONG_ROWS[what]
+        value = verdict("aggregator", "geometric-median", rows, context(40, 2000, weights=weights), weighted=True).value
+        assert found is None or value.equal(found[1])
+        assert spread(rows, value, share) < spread(rows, expected, share) * (1 + 1e-7)
+        assert spread(rows, value, share) < spread(rows, rows.mean(0), share)
+
+
+def test_the_most_iterations_over_many_long_rows_are_those_asked_for(few_are_many: None) -> None:
+    rows, share = many_long_rows("outliers that the start does not see"), torch.full((40,), 1 / 40, dtype=torch.float64)
+    points = []
+    for most in (1, 3, 8):
+        found = over_updates(rows, share, 1e-6, most, 0.0)
+        assert found is not None
+        points.append(spread(rows, found[1]))
+    assert points == sorted(points, reverse=True)
+    assert len(set(points)) == 3
+
+
+@pytest.mark.parametrize("what", ["few", "short", "beyond float32"])
+def test_some_rows_are_left_to_their_products(what: str, few_are_many: None) -> None:
+    rows = {"few": normal(20, 2000, seed=7), "short": normal(40, 1000, seed=7)}.get(what, normal(40, 2000, seed=7) * 1e25)
+    share = torch.full((len(rows),), 1 / len(rows), dtype=torch.float64)
+    assert over_updates(rows, share, 1e-6, 1000, 1e-12) is None
+    assert torch.isfinite(verdict("aggregator", "geometric-median", rows).value).all()
 
 
 def literal_rfa(rows: Tensor, weights: Tensor, nu: float, iterations: int) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ so neither does a bit of the result. A block is small enough for a core's cache,
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -19,8 +20,24 @@ T = TypeVar("T")
 
 #: Values in a block: what sorts well inside a core's cache, and what keeps a matrix product busy.
 SORTED, MULTIPLIED = 1 << 18, 3 << 20
+#: Values in a block that is read once: so much of a row that the memory keeps up.
+READ = 1 << 20
 #: The fewest columns of a block: shorter pieces of rows are slow to read.
 NARROWEST = 256
+
+
+class Room(threading.local):
+    """Buffers of each thread, for one block after the other: paging in new ones would cost as much as the work on them."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, Tensor] = {}
+
+    def take(self, name: str, rows: int, columns: int) -> Tensor:
+        """Return a place for values [rows, columns], with whatever was left in it."""
+        held = self._held.get(name)
+        if held is None or held.numel() < rows * columns:
+            held = self._held[name] = torch.empty(rows * columns)
+        return held[: rows * columns].view(rows, columns)
 
 
 def cut(n: int, d: int, values: int) -> list[slice]:
@@ -64,5 +81,6 @@ def combine(shares: Tensor, updates: Tensor) -> Tensor:
     def work(where: slice) -> None:
         result[..., where] = (shares @ updates[:, where].to(shares.dtype)).float()
 
-    each(cut(len(updates), updates.shape[1], SORTED if shares.dim() == 1 else MULTIPLIED), work)
+    single = READ if shares.dtype == updates.dtype else SORTED  # others are converted block by block
+    each(cut(len(updates), updates.shape[1], single if shares.dim() == 1 else MULTIPLIED), work)
     return result

@@ -17,11 +17,9 @@ _TINY = 1e-150
 MANY_ROWS = 200
 #: Coordinates that the search then starts from, in so many pieces, and how often it goes over the updates before it gives up on that.
 _COLUMNS, _PIECES, _PASSES = 1 << 15, 64, 8
-#: Values in a block of such a pass: it reads so much of a row that the memory keeps up.
-_READ = 1 << 20
-#: There the shares stand when an iteration moves them by so little in all, and by half of what the one before did. A smaller fall of the
-#: sum of distances than the second cannot be told from float32's rounding, and so does not end the search.
-_STANDS, _ROUNDING = 1e-6, 1e-9
+#: There the shares stand when the next iteration would move them by no more than this in all. A fall of the sum of distances below the
+#: second cannot be told from float32's rounding, and so does not end the search.
+_STANDS, _ROUNDING = 1e-7, 1e-9
 
 
 def weiszfeld(gram: Tensor, weights: Tensor, smoothing: float, iterations: int, tolerance: float) -> tuple[Tensor, int]:
@@ -80,25 +78,27 @@ def over_updates(updates: Tensor, weights: Tensor, smoothing: float, iterations:
         following = weights / squares.sqrt().clamp(min=max(least, _TINY))
         following /= following.sum()
         last, moved = moved, float((following - shares).abs().sum())
-        fell = tolerance < _ROUNDING or after < before * (1 - tolerance)
-        if done == iterations or not fell or (moved < _STANDS and moved < last / 2):
+        if done == iterations or (tolerance >= _ROUNDING and after >= before * (1 - tolerance)):
             return shares, point
         before, shares = after, following
+        if moved < last / 10 and done > 1 and moved * moved / last < _STANDS:  # the moves become smaller at a steady rate
+            return shares, blocks.combine(shares.float(), updates)
     return None
 
 
 def _combined(shares: Tensor, updates: Tensor) -> tuple[Tensor, Tensor]:
     """Return the combination of the rows [d], and their squared distances from it, float64 [n]; the updates are read once for both."""
     n, d = updates.shape
-    point, total = torch.empty(d), torch.zeros(n, dtype=torch.float64)
+    point, total, room = torch.empty(d), torch.zeros(n, dtype=torch.float64), blocks.Room()
 
     def work(where: slice) -> Tensor:
         block = updates[:, where]
         torch.mv(block.T, shares, out=point[where])
-        squares: Tensor = torch.linalg.vector_norm(block - point[where], dim=1).double().square_()
+        apart = torch.sub(block, point[where], out=room.take("apart", *block.shape))
+        squares: Tensor = torch.linalg.vector_norm(apart, dim=1).double().square_()
         return squares
 
-    blocks.each(blocks.cut(n, d, _READ), work, total.add_)
+    blocks.each(blocks.cut(n, d, blocks.READ), work, total.add_)
     return point, total
 
 

@@ -17,7 +17,7 @@ _TINY = 1e-150
 MANY_ROWS = 200
 #: Coordinates that the search then starts from, in so many pieces, and how often it goes over the updates before it gives up on that.
 _COLUMNS, _PIECES, _PASSES = 1 << 15, 64, 8
-#: There the shares stand when the next iteration would move them by no more than this in all. A fall of the sum of distances below the
+#: There the shares stand when all iterations to come would move them by no more than this. A fall of the sum of distances below the
 #: second cannot be told from float32's rounding, and so does not end the search.
 _STANDS, _ROUNDING = 1e-7, 1e-9
 
@@ -81,7 +81,8 @@ def over_updates(updates: Tensor, weights: Tensor, smoothing: float, iterations:
         if done == iterations or (tolerance >= _ROUNDING and after >= before * (1 - tolerance)):
             return shares, point
         before, shares = after, following
-        if moved < last / 10 and done > 1 and moved * moved / last < _STANDS:  # the moves become smaller at a steady rate
+        rate = moved / max(last, _TINY)  # the moves become smaller by it each time; 0 at first
+        if moved < _STANDS / 100 or (0 < rate < 0.25 and moved * rate / (1 - rate) < _STANDS):
             return shares, blocks.combine(shares.float(), updates)
     return None
 

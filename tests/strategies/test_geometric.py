@@ -174,6 +174,11 @@ def test_many_long_rows_have_the_same_geometric_median(what: str, few_are_many: 
         assert spread(rows, value, share) < spread(rows, rows.mean(0), share)
 
 
+def test_rows_that_are_all_alike_in_every_way_do_not_divide_by_nothing(few_are_many: None) -> None:
+    rows = torch.cat([torch.eye(2000)[:20], -torch.eye(2000)[:20]])
+    assert verdict("aggregator", "geometric-median", rows).value.abs().max() < 1e-6
+
+
 def test_the_most_iterations_over_many_long_rows_are_those_asked_for(few_are_many: None) -> None:
     rows, share = many_long_rows("outliers that the start does not see"), torch.full((40,), 1 / 40, dtype=torch.float64)
     points = []

@@ -115,9 +115,12 @@ def _by_role(root: int) -> dict[str, int]:
 
 
 def _growth(sizes: list[int]) -> int:
-    """Return by how much the last rounds are above the first ones after the run has settled, by medians of up to ten rounds each."""
+    """Return by how much the last third of the rounds after the run has settled is above the first, by medians.
+
+    A third, because memory goes up and down: what lies free between what is held is given back every few rounds.
+    """
     rest = sizes[SETTLED:]
-    window = max(1, min(10, len(rest) // 2))
+    window = max(1, len(rest) // 3)
     return int(statistics.median(rest[-window:]) - statistics.median(rest[:window]))
 
 

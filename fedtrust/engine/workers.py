@@ -63,7 +63,7 @@ class Executor(Protocol):
 #: Seconds that a training thread gets to finish its step when the executor closes.
 _PATIENCE = 3.0
 #: After so many rounds memory that nobody holds is given back, which costs the next round some milliseconds.
-_TIDY = 10
+_TIDY = 4
 
 
 class _Hand:

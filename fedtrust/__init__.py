@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fedtrust.client import Behaviour, Predict, Reply, View, behaviour
     from fedtrust.data.base import Task
     from fedtrust.probes.base import Artefact, ProbeContext, probe
+    from fedtrust.registry import model
     from fedtrust.release import AnswerContext, answer
     from fedtrust.repairs import RepairContext, Repaired, RepairFacts, repair
     from fedtrust.scenario import Scenario, load, parse
@@ -30,6 +31,7 @@ _HOMES = {
     "fedtrust.client": ("Behaviour", "Predict", "Reply", "View", "behaviour"),
     "fedtrust.data.base": ("Task",),
     "fedtrust.probes.base": ("Artefact", "ProbeContext", "probe"),
+    "fedtrust.registry": ("model",),
     "fedtrust.release": ("AnswerContext", "answer"),
     "fedtrust.repairs": ("RepairContext", "RepairFacts", "Repaired", "repair"),
     "fedtrust.scenario": ("Scenario", "load", "parse"),
@@ -61,6 +63,7 @@ __all__ = [
     "answer",
     "behaviour",
     "load",
+    "model",
     "parse",
     "probe",
     "repair",

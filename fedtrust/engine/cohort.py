@@ -252,9 +252,9 @@ Gradient = Callable[[Tensor, ClientMemory, Tensor], Step]
 
 def _train_fused(world: World, chunk: Chunk, ready: list[Ready]) -> tuple[Tensor, Tensor]:
     """All clients of the chunk at once, or one after the other where a step of one alone leaves the cache: the same updates."""
-    block = _rows(chunk, len(ready))
     if len(ready) == 1 or world.layout.size <= ALONE_ABOVE or world.device != "cpu":
-        return _train_blocks(world, chunk, ready, block)
+        return _train_blocks(world, chunk, ready)
+    block = _rows(chunk, len(ready))
     losses = [_train_blocks(world, chunk, [one], block[i : i + 1])[1] for i, one in enumerate(ready)]
     return block, torch.cat(losses)
 
@@ -276,7 +276,7 @@ def _train_blocks(world: World, chunk: Chunk, ready: list[Ready], block: Tensor 
         gradient = _fused_gradient(world) if choose_path(world, behaviour) == "fused" else _vmap_gradient(world, behaviour, ready[0].view)
     start = chunk.params.to(world.device)
     project = _projection(behaviour, views.in_loss(ready[0].view, device=world.device))
-    if block is None or block.device != start.device:
+    if block is None:
         block = _rows(chunk._replace(params=start), len(ready))
     block.copy_(start)
     grads = _place("gradients", len(ready), start)

@@ -28,7 +28,7 @@ from fedtrust.engine.fused_branches import Branched, branched
 from fedtrust.engine.fused_graph import Node
 from fedtrust.engine.fused_layers import (
     ELEMENTWISE,
-    POOLS,
+    FRESH,
     At,
     Conv,
     Flat,
@@ -45,9 +45,6 @@ from fedtrust.engine.fused_layers import (
 
 Parameters = Mapping[str, Tensor]
 _Found = tuple[nn.Module, str | None, str | None]  # a layer, and the full names of its weight and bias
-
-#: Layers whose output is a new tensor that they do not need for their own gradient: what follows may write over it.
-_FRESH = (nn.Conv2d, nn.GroupNorm, nn.Linear, *POOLS)
 
 
 class _Step(NamedTuple):
@@ -194,7 +191,7 @@ def _plan(found: list[_Found], own: ModuleType | None = None) -> list[_Step]:
         elif own is not None and isinstance(layer, nn.Linear):
             made = own.NativeLinear()
         else:
-            made = _fused(layer, fresh=i > 0 and isinstance(found[i - 1][0], _FRESH))
+            made = _fused(layer, fresh=i > 0 and isinstance(found[i - 1][0], FRESH))
         steps.append(_Step(made, weight, bias))
         i += taken
     return [*steps, *(_Step(change) for change in _changes(form, "split", own))]

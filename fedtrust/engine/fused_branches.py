@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fedtrust.engine.fused_graph import Node, uses
-from fedtrust.engine.fused_layers import ELEMENTWISE, POOLS, At, Flat, Layer, Linear, Recorded, Rectify, kept, no_native
+from fedtrust.engine.fused_layers import ELEMENTWISE, FRESH, POOLS, At, Flat, Layer, Linear, Recorded, Rectify, kept, no_native
 
 Parameters = Mapping[str, Tensor]
 
@@ -128,7 +128,8 @@ class _Plan:
             inputs = [places[value] for value in node.inputs]
             form = self._wanted(node, inputs)
             inputs = [self._in(value, form) for value in inputs]
-            free = counts[node.inputs[0]] == 1 and node.inputs[0] > 0 and not isinstance(nodes[node.inputs[0] - 1].layer, nn.Flatten)
+            maker = nodes[node.inputs[0] - 1].layer
+            free = node.inputs[0] > 0 and counts[node.inputs[0]] == 1 and (maker is None or isinstance(maker, FRESH))
             flat = isinstance(node.layer, nn.Flatten | nn.Linear) or all(self._flat[value] for value in inputs)
             places.append(self._add(self._layer(node, free), tuple(inputs), form, flat, node))
             if number == len(nodes) - 1:

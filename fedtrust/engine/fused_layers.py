@@ -20,6 +20,8 @@ _aten = torch.ops.aten
 ELEMENTWISE = (nn.ELU, nn.GELU, nn.Identity, nn.LeakyReLU, nn.ReLU, nn.SiLU, nn.Sigmoid, nn.Softplus, nn.Tanh)
 #: Layers that treat every channel alike.
 POOLS = (nn.AdaptiveAvgPool2d, nn.AvgPool2d, nn.MaxPool2d)
+#: Layers whose output is a new tensor that they do not need for their own gradient: what follows may write over it.
+FRESH = (nn.Conv2d, nn.GroupNorm, nn.Linear, *POOLS)
 
 
 class At(NamedTuple):

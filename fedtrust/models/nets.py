@@ -114,8 +114,8 @@ def resnet18(task: Task, *, groups: Literal[1, 2, 4, 8, 16, 32, 64] = 8, stem: L
         task: an image task with sides of at least 8 pixels.
         groups: groups of every GroupNorm.
         stem: what comes first. `large`: the 7x7 convolution of stride 2 and the max-pool of torchvision, made for ImageNet; `small`: a 3x3
-            convolution of stride 1 and no max-pool, as in He et al. (CVPR 2016), section 4.2, which takes some fifteen times the
-            arithmetic; `auto`: the small one for images below 64 pixels.
+            convolution of stride 1 and no max-pool, as in He et al. (CVPR 2016), section 4.2, which takes fourteen times the
+            arithmetic on digits; `auto`: the small one for images below 64 pixels.
 
     Raises:
         InputError: the samples are not images, or too small.

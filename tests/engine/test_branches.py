@@ -115,6 +115,12 @@ BRANCHES: dict[str, nn.Module] = {
         **layers("ab", e=nn.Conv2d(3, 6, 1), n=nn.GroupNorm(3, 6, affine=False), c=nn.Linear(384, 5)),
     ),
     "on vectors": Own(on_vectors, a=nn.Linear(192, 9), d=nn.Linear(9, 9), c=nn.Linear(9, 5)),
+    "identity and relu": Own(
+        lambda m, x: m.c((lambda y: m.r(m.i(y)) + m.b(m.i(y)))(m.a(x)).flatten(1)), **layers("abr", i=nn.Identity(), c=nn.Linear(384, 5))
+    ),
+    "relu behind tanh": Own(
+        lambda m, x: m.c((m.a(x).tanh().relu() + m.e(x)).flatten(1)), **layers("a", e=nn.Conv2d(3, 6, 1), c=nn.Linear(384, 5))
+    ),
     "ends on images": Own(lambda m, x: (m.a(x) + m.e(x)).flatten(1), **layers("a", e=nn.Conv2d(3, 6, 1))),
     "strange strides": Own(
         lambda m, x: m.c((m.p(x) + m.q(x)).flatten(1)),

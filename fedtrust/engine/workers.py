@@ -106,7 +106,6 @@ class LocalExecutor:
 
     def __init__(self, workers: int | None = None, deadline: float = 600.0) -> None:
         threads.keep_memory()
-        threads.warm()
         self.workers = workers or (1 if torch.cuda.is_available() else threads.cores())
         self.pool = Pool()
         self._deadline, self._rounds = deadline, itertools.count(1)

@@ -98,7 +98,7 @@ def _set_up_vector_maths() -> None:
     """Let MKL's vector mathematics (exp, tanh, erf, …) look at the processor now, on one thread.
 
     It does so at its first call, and of two threads that both make that call one may compute in another way than ever after: on one
-    processor 80 of 2160 runs on two threads had other bits, in the sixth digit of the first chunk. After any one such call none of 2300 did.
+    processor 80 of 2160 runs on two threads had other bits, in the sixth digit of the first chunk; after any one such call none of 2300.
     """
     torch.zeros(1).exp()
 

@@ -1,4 +1,4 @@
-"""The first chunks of a process are the ones that two threads begin at the same time; what a library sets up then must be the same for both."""
+"""Two threads begin the first chunks of a process at the same time; what a library sets up then must be the same for both."""
 
 from __future__ import annotations
 

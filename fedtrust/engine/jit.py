@@ -108,6 +108,23 @@ def target(on: Host) -> Any:
     return llvm.Target.from_default_triple().create_target_machine(cpu=on.name, features=on.features, opt=1)
 
 
+class Kernel:
+    """Machine code that can be called; its arguments are addresses and whole numbers.
+
+    Attributes:
+        address: where it stands.
+        arity: how many arguments it takes.
+    """
+
+    def __init__(self, address: int, kinds: Sequence[Any]) -> None:
+        self.address, self.arity = address, len(kinds)
+        self._call = ctypes.CFUNCTYPE(None, *(ctypes.c_int64 if kind is I64 else ctypes.c_void_p for kind in kinds))(address)
+
+    def __call__(self, *arguments: int) -> None:
+        """Run it, without Python's lock."""
+        self._call(*arguments)
+
+
 class Code:
     """A function being written: pointers and whole numbers in, nothing out. Pointers must not overlap.
 
@@ -203,15 +220,35 @@ class Code:
             passes.getModulePassManager().run(module, passes)
             return module
 
-    def compiled(self) -> Callable[..., None]:
-        """Return the function; its arguments are addresses and whole numbers."""
+    def compiled(self) -> Kernel:
+        """Return the function."""
         module = self.optimised()
         with _LOCK:
             engine = llvm.create_mcjit_compiler(module, target(self.host))
             engine.finalize_object()
             _ENGINES.append(engine)
-        kinds = [ctypes.c_int64 if kind is I64 else ctypes.c_void_p for kind in self._types]
-        return ctypes.CFUNCTYPE(None, *kinds)(engine.get_function_address("kernel"))
+        return Kernel(engine.get_function_address("kernel"), self._types)
+
+
+@once
+def chain(arities: tuple[int, ...]) -> Kernel:
+    """Return a kernel that calls others with so many arguments in turn, again and again, without coming back to Python in between.
+
+    Returns:
+        A function of (table, times). The table holds 64-bit numbers: for every call its kernel's address, and for each of the arguments
+        what it is the first time and by how much it grows from one time to the next.
+    """
+    code = Code([I64.as_pointer(), I64])
+    table, times = code.arguments
+    with code.loop(0, times) as time:
+        row = 0
+        for arity in arities:
+            kind = ir.FunctionType(ir.VoidType(), [I64] * arity)  # addresses are handed over as whole numbers are
+            numbers = [code.do.load(code.at(table, row + i)) for i in range(1 + 2 * arity)]
+            given = [code.do.add(first, code.do.mul(growth, time)) for first, growth in zip(numbers[1::2], numbers[2::2], strict=True)]
+            code.do.call(code.do.inttoptr(numbers[0], kind.as_pointer()), given)
+            row += len(numbers)
+    return code.compiled()
 
 
 def _size(pointer: Any) -> int:

@@ -11,14 +11,11 @@ Every kernel runs on the thread that calls it and adds up in an order that depen
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from llvmlite import ir
 
-from fedtrust.engine.jit import BLOCK, BYTES, F32, FLOATS, I8, I64, Code, Host, blocks, evenly, once
-
-Kernel = Callable[..., None]
+from fedtrust.engine.jit import BLOCK, BYTES, F32, FLOATS, I8, I64, Code, Host, Kernel, blocks, evenly, once
 
 #: Floats of a gradient that the rows of pixels worked on together hold: they stay in a core's first cache.
 ROWS_FLOATS = 4096

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from fedtrust.engine.jit import FLOATS, I64, Code, once
-from fedtrust.engine.kernels import Frame, Kernel
+from fedtrust.engine.jit import FLOATS, I64, Code, Kernel, once
+from fedtrust.engine.kernels import Frame
 
 #: Up to so many values under a window their copies are written out one by one; beyond, a row of it at a time.
 _WRITTEN = 16

@@ -10,8 +10,7 @@ from typing import Any
 
 from llvmlite import ir
 
-from fedtrust.engine.jit import F32, FLOATS, I32, I64, Code, blocks, evenly, once
-from fedtrust.engine.kernels import Kernel
+from fedtrust.engine.jit import F32, FLOATS, I32, I64, Code, Kernel, blocks, evenly, once
 
 
 @once

@@ -2,42 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fedtrust.engine import kernels
 from fedtrust.engine.fused_layers import At
-from fedtrust.engine.kernels import Frame, Window
-from fedtrust.engine.native_layers import Framed, Margin, Native, buffer, framed, start
-
-
-class _Descent(NamedTuple):
-    """The way back through a convolution.
-
-    Attributes:
-        x: the layer's input.
-        gw: the weights' gradients in the kernels' order.
-        gc: where the biases' gradients go.
-        weights: the kernel of both.
-        gx: the input's gradient, where it is wanted, with the turned weights and the kernel that it takes.
-    """
-
-    x: Framed
-    gw: Tensor
-    gc: Tensor | None
-    weights: kernels.Kernel
-    gx: Framed | None = None
-    turned: Tensor | None = None
-    back: kernels.Kernel | None = None
-
-    def step(self, model: int, g: int) -> None:
-        """Work out a model's gradients from that of its output, which stands at the address `g`."""
-        images = self.x.whole.shape[1]
-        self.weights(start(self.x.whole, model), g, start(self.gw, model), start(self.gc, model), images)
-        if self.gx is not None and self.back is not None:
-            self.back(g, start(self.turned, model), 0, start(self.gx.whole, model), images)
+from fedtrust.engine.kernels import Window
+from fedtrust.engine.native_layers import Call, Framed, Margin, Native, buffer, each, framed, start
 
 
 class NativeConv(Native):
@@ -69,37 +42,45 @@ class NativeConv(Native):
         """Return the output and what is kept."""
         weight, images = self._packed(at, kernels.PACK), x.whole.shape[1]
         out = framed(at, "out", (at.models, *self._size(x, at)), self.room)
-        kernel = kernels.convolution(x.frame, out.frame, self._window, at.c is not None)
-        for model in range(at.models):
-            kernel(start(x.whole, model), start(weight, model), start(at.c, model), start(out.whole, model), images)
+        each(at.models, (kernels.convolution(x.frame, out.frame, self._window, at.c is not None), x.whole, weight, at.c, out.whole, images))
         return out, x
 
     def backward(self, g: Framed, kept: Framed, at: At) -> Framed:
         """Return the gradient of the input."""
-        descent = self._descent(kept, g.frame, at)
-        for model in range(at.models):
-            descent.step(model, start(g.whole, model))
-        return self._hand_over(descent, g, at)
+        descent, gx = self._descent(kept, g, at)
+        each(at.models, *descent)
+        return self._hand_over(at, gx or g)
 
-    def _descent(self, x: Framed, above: Frame, at: At) -> _Descent:
-        """Return what goes back through the layer; `above`: how the gradient of a model's output lies."""
+    def _descent(self, x: Framed, above: Framed, at: At) -> tuple[list[Call], Framed | None]:
+        """Return what goes back through the layer, and where the input's gradient will be, if it is wanted.
+
+        Args:
+            x: the layer's input.
+            above: the gradient of its output, or the place for one model's.
+            at: where it stands.
+        """
         assert at.w is not None
-        inside = x.frame
-        gw = buffer(at, "gw", tuple(at.w.shape))
-        weights = kernels.weight_gradient(inside, above, self._window, at.gc is not None)
+        inside, images = x.frame, x.whole.shape[1]
+        weights = kernels.weight_gradient(inside, above.frame, self._window, at.gc is not None)
+        calls: list[Call] = [(weights, x.whole, above.whole, self._gradients(at), at.gc, images)]
         if not at.wanted:
-            return _Descent(x, gw, at.gc, weights)
-        gx = framed(at, "gx", (*x.whole.shape[:2], inside.height, inside.width, inside.channels), self.back)
-        back = kernels.convolution(above, gx.frame, self._turned, False)
-        return _Descent(x, gw, at.gc, weights, gx, self._packed(at, kernels.TURN), back)
+            return calls, None
+        gx = framed(at, "gx", (at.models, images, inside.height, inside.width, inside.channels), self.back)
+        back = kernels.convolution(above.frame, gx.frame, self._turned, False)
+        return [*calls, (back, above.whole, self._packed(at, kernels.TURN), None, gx.whole, images)], gx
 
-    def _hand_over(self, descent: _Descent, g: Framed, at: At) -> Framed:
-        """Bring the gradients into PyTorch's order; return the input's (anything where that is not wanted)."""
+    def _gradients(self, at: At) -> Tensor:
+        """Return the place for the weights' gradients in the kernels' order."""
+        assert at.w is not None
+        return buffer(at, "gw", tuple(at.w.shape))
+
+    def _hand_over(self, at: At, gx: Framed) -> Framed:
+        """Bring the weights' gradients into PyTorch's order; return the input's."""
         assert at.gw is not None
         outputs, inputs = at.gw.shape[1:3]
         unpack = kernels.repack(outputs, inputs, self._window, kernels.UNPACK)
-        unpack(start(at.gw), start(descent.gw), at.models, at.gw.stride(0))
-        return g if descent.gx is None else descent.gx
+        unpack(start(at.gw), start(self._gradients(at)), at.models, at.gw.stride(0))
+        return gx
 
 
 class NativeConvPool(NativeConv):
@@ -121,9 +102,8 @@ class NativeConvPool(NativeConv):
         pooled, places = framed(at, "pooled", size, self.room), buffer(at, "places", size, torch.uint8)
         kernel = kernels.convolution(x.frame, out.frame, self._window, at.c is not None)
         pool = kernels.pool(out.frame, pooled.frame, self._side, self._relu)
-        for model in range(at.models):
-            kernel(start(x.whole, model), start(weight, model), start(at.c, model), start(out.whole), images)
-            pool(start(out.whole), start(pooled.whole, model), start(places, model), images)
+        here: Call = (kernel, x.whole, weight, at.c, out.whole, images)
+        each(at.models, here, (pool, out.whole, pooled.whole, places, images))
         return pooled, (x, places)
 
     def backward(self, g: Framed, kept: Any, at: At) -> Framed:
@@ -133,11 +113,9 @@ class NativeConvPool(NativeConv):
         rest = bool(height % self._side or width % self._side)
         above = framed(at, "above", (1, images, height, width, channels), self.spread if at.wanted else (0, 0), zero=rest)
         unpool = kernels.pool_gradient(above.frame, g.frame, self._side)
-        descent, here = self._descent(x, above.frame, at), start(above.whole)
-        for model in range(at.models):
-            unpool(start(g.whole, model), start(places, model), here, images)
-            descent.step(model, here)
-        return self._hand_over(descent, g, at)
+        descent, gx = self._descent(x, above, at)
+        each(at.models, (unpool, g.whole, places, above.whole, images), *descent)
+        return self._hand_over(at, gx or g)
 
 
 class NativePool(Native):

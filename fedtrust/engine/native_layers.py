@@ -6,6 +6,7 @@ the other. Buffers stay from step to step; nothing ever writes into a margin, so
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from fedtrust.engine import kernels, kernels_dense
 from fedtrust.engine.fused_layers import At, Linear, Recorded
+from fedtrust.engine.jit import Kernel, chain
 from fedtrust.engine.kernels import Frame
 
 _aten = torch.ops.aten
@@ -62,9 +64,30 @@ def framed(at: At, name: str, size: tuple[int, ...], margin: Margin, zero: bool 
     return Framed(whole, margin)
 
 
-def start(tensor: Tensor | None, model: int = 0) -> int:
-    """Return where a model's part of a buffer starts; 0 for no buffer. Whoever asks must hold the buffer while its address is used."""
-    return 0 if tensor is None else tensor.data_ptr() + tensor.element_size() * model * tensor.stride(0)
+def start(tensor: Tensor) -> int:
+    """Return where a buffer starts. Whoever asks must hold the buffer while its address is used."""
+    return tensor.data_ptr()
+
+
+#: A kernel and its arguments: buffers [k, ...], of which it gets a model's part ([1, ...]: one for all), whole numbers, `None`.
+Call = tuple[Kernel, *tuple[Tensor | int | None, ...]]
+
+
+def each(models: int, *calls: Call) -> None:
+    """Make the calls for one model after the other.
+
+    One call from Python does it: with two threads, taking Python's lock again after every kernel cost as much as a third of the kernels.
+    """
+    table: list[int] = []
+    for kernel, *arguments in calls:
+        table.append(kernel.address)
+        for given in arguments:
+            if isinstance(given, Tensor):
+                table += (given.data_ptr(), 0 if len(given) == 1 else given.element_size() * given.stride(0))
+            else:
+                table += (given or 0, 0)
+    numbers = (ctypes.c_int64 * len(table))(*table)
+    chain(tuple(kernel.arity for kernel, *_ in calls))(ctypes.addressof(numbers), models)
 
 
 class Native:

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,9 @@ from fedtrust.engine.fused_layers import (
     kept,
     no_native,
 )
+
+if TYPE_CHECKING:
+    from fedtrust.engine.native_program import Replayed
 
 Parameters = Mapping[str, Tensor]
 _Found = tuple[nn.Module, str | None, str | None]  # a layer, and the full names of its weight and bias
@@ -67,7 +70,7 @@ class Fused:
     steps: tuple[_Step, ...]
     native: tuple[_Step, ...] | None = None
 
-    def on(self, parameters: Parameters, into: Parameters) -> Bound:
+    def on(self, parameters: Parameters, into: Parameters) -> Bound | Replayed:
         """Return the network on k models' parameters; it sees what is written into them afterwards.
 
         What it returns may be overwritten by the next network of this thread.
@@ -84,7 +87,12 @@ class Fused:
         for number, (layer, weight, bias) in enumerate(steps):
             w, c, gw, gc = _of(parameters, weight), _of(parameters, bias), _of(into, weight), _of(into, bias)
             places.append((layer, At(len(example), w, c, gw, gc, wanted=number > first, scratch=scratch.setdefault(number, {}))))
-        return Bound(tuple(places), first)
+        bound = Bound(tuple(places), first)
+        if plain or not all(isinstance(layer, Flat) or getattr(layer, "straight", False) for layer, _, _ in steps):
+            return bound
+        from fedtrust.engine.native_program import Replayed
+
+        return Replayed(self, bound, parameters, into)
 
     def fits(self, device: str, dtype: torch.dtype) -> bool:
         """Whether it can be used there, in this type: everywhere."""
@@ -184,14 +192,16 @@ def _plan(found: list[_Found], own: ModuleType | None = None) -> list[_Step]:
         layer, weight, bias = found[i]
         wanted = form if isinstance(layer, ELEMENTWISE) else _form(layer, own)
         steps += [_Step(change) for change in _changes(form, wanted, own)]
-        form, taken = wanted, 1
+        form, taken, fresh = wanted, 1, i > 0 and isinstance(found[i - 1][0], FRESH)
         made: Layer
         if own is not None and form == "framed":
             made, taken = own.make([layer for layer, _, _ in found[i:]])
         elif own is not None and isinstance(layer, nn.Linear):
             made = own.NativeLinear()
+        elif own is not None and form == "split" and isinstance(layer, nn.ReLU) and fresh:
+            made = own.NativeRectify()
         else:
-            made = _fused(layer, fresh=i > 0 and isinstance(found[i - 1][0], FRESH))
+            made = _fused(layer, fresh)
         steps.append(_Step(made, weight, bias))
         i += taken
     return [*steps, *(_Step(change) for change in _changes(form, "split", own))]

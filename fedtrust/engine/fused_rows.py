@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fedtrust.engine import kernels_columns, kernels_dense
 from fedtrust.engine.fused_layers import At, Recorded
-from fedtrust.engine.native_layers import FEW_SAMPLES, Framed, buffer, framed, start
+from fedtrust.engine.native_layers import FEW_SAMPLES, Framed, buffer, framed
 
 _aten = torch.ops.aten
 
@@ -104,7 +104,7 @@ class RowsConv:
             given = self._with_margin(x, at, "margin")
             given.inner.copy_(x)
         found = buffer(at, "columns", (k, b * size[0] * size[1], channels * self._window[0] * self._window[1]))
-        kernels_columns.columns(given.frame, self._window, self._stride, size, False)(start(given.whole), start(found), k * b)
+        kernels_columns.columns(given.frame, self._window, self._stride, size, False)(given.whole.data_ptr(), found.data_ptr(), k * b)
         return found
 
     def _product(self, x: Tensor, w: Tensor) -> bool:
@@ -155,7 +155,7 @@ class RowsConv:
             torch.mm(above.t(), found, out=into)
         else:
             kernel = kernels_dense.dense_weight_gradient(len(found), found.shape[1], above.shape[1], False)
-            kernel(start(found), start(above), start(into), 0, 1, 0, 0)
+            kernel(found.data_ptr(), above.data_ptr(), into.data_ptr(), 0)
 
     def _images(self, above: Tensor, x: Tensor, found: Tensor, at: At) -> Tensor:
         """Return the gradient of the input."""
@@ -168,7 +168,7 @@ class RowsConv:
         gx = self._with_margin(x, at, "gx")
         gx.whole.zero_()
         kernel = kernels_columns.columns(gx.frame, self._window, self._stride, self._size(x), True)
-        kernel(start(gx.whole), start(gradient), x.shape[0] * x.shape[1])
+        kernel(gx.whole.data_ptr(), gradient.data_ptr(), x.shape[0] * x.shape[1])
         return gx.inner.contiguous()
 
 

@@ -281,6 +281,42 @@ def _offsets(inside: Frame, side: int) -> list[int]:
 
 
 @once
+def rectify() -> Kernel:
+    """Return the ReLU, in place; a NaN stays one, as in PyTorch.
+
+    Returns:
+        A function of (x, how many numbers).
+    """
+    code = Code([FLOATS, I64])
+    x, count = code.arguments
+    whole = code.do.and_(count, code.number(-BLOCK))
+    for first, last, lanes in ((0, whole, BLOCK), (whole, count, 1)):
+        with code.loop(first, last, lanes) as i:
+            value, zero = code.load(code.at(x, i), lanes), code.fill(0, lanes)
+            code.store(code.do.select(code.do.fcmp_ordered("<=", value, zero), zero, value), code.at(x, i))
+    return code.compiled()
+
+
+@once
+def rectify_gradient(above: Frame, inside: Frame) -> Kernel:
+    """Return the gradient of a ReLU's input, in place of that of its output: zero where the output is.
+
+    Returns:
+        A function of (g, out, images), which lie as the frames say.
+    """
+    code = Code([FLOATS, FLOATS, I64])
+    g, out, images = code.arguments
+    size = above.width * above.channels
+    with code.loop(0, images) as image, code.loop(0, above.height) as y:
+        to = code.at(g, code.times(image, above.image), above.start, code.times(y, above.row))
+        row = code.at(out, code.times(image, inside.image), inside.start, code.times(y, inside.row))
+        for first, lanes in blocks(code, size):
+            shut = code.do.fcmp_ordered("<=", code.load(code.at(row, first), lanes), code.fill(0, lanes))
+            code.store(code.do.select(shut, code.fill(0, lanes), code.load(code.at(to, first), lanes)), code.at(to, first))
+    return code.compiled()
+
+
+@once
 def planes(frame: Frame, back: bool) -> Kernel:
     """Return a change of order: channels-last images to planes [C, H, W], or back.
 
@@ -311,15 +347,15 @@ def repack(outputs: int, inputs: int, window: Window, way: str) -> Kernel:
     """Return a change of order of convolutions' weights: `PACK` and `TURN` from PyTorch's order, `UNPACK` back to it.
 
     Returns:
-        A function of (in PyTorch's order, in the kernels', models, apart): two models' are `apart` numbers apart in PyTorch's order.
+        A function of (in PyTorch's order, in the kernels').
     """
-    code = Code([FLOATS, FLOATS, I64, I64])
-    usual, own, models, apart = code.arguments
+    code = Code([FLOATS, FLOATS])
+    usual, own = code.arguments
     places = window.rows * window.columns
-    with code.loop(0, models) as model, code.loop(0, places) as place:
-        here = code.at(usual, code.times(model, apart), place)
+    with code.loop(0, places) as place:
+        here = code.at(usual, place)
         there = code.do.sub(code.number(places - 1), place) if way == TURN else place
-        packed = code.at(own, code.times(code.do.add(code.times(model, places), there), inputs * outputs))
+        packed = code.at(own, code.times(there, inputs * outputs))
         with code.loop(0, outputs) as output, code.loop(0, inputs) as given:
             offset = (code.times(output, inputs), given) if way == TURN else (code.times(given, outputs), output)
             theirs = code.at(here, code.times(output, inputs * places), code.times(given, places))

@@ -1,6 +1,6 @@
 """Linear layers of a fused cohort on a CPU, as machine code: small matrices, many of them, where a library spends its time on starting.
 
-The weights and their gradients are read and written where they lie, rows of the block [k, d]: `apart` is how far two models' are.
+Every kernel works on one model; the weights and their gradients are read and written where they lie, in a row of the block [k, d].
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 from llvmlite import ir
 
-from fedtrust.engine.jit import F32, FLOATS, I32, I64, Code, Kernel, blocks, evenly, once
+from fedtrust.engine.jit import F32, FLOATS, I32, Code, Kernel, blocks, evenly, once
 
 
 @once
@@ -18,26 +18,23 @@ def dense(samples: int, inputs: int, outputs: int, bias: bool) -> Kernel:
     """Return out = x w' + c.
 
     Returns:
-        A function of (x, w, c, out, models, apart, apart of c): x [k, b, in], w [k, out, in], c [k, out], out [k, b, out].
+        A function of (x, w, c, out): x [b, in], w [out, in], c [out], out [b, out].
     """
-    code = Code([FLOATS, FLOATS, FLOATS, FLOATS, I64, I64, I64])
-    x, w, c, out, models, apart, apart_c = code.arguments
+    code = Code([FLOATS, FLOATS, FLOATS, FLOATS])
+    x, w, c, out = code.arguments
     lanes = code.host.lanes
     many = 2 if code.host.registers == 16 else 3  # outputs at once, beside as many samples as the registers hold
-    with code.loop(0, models) as model:
-        own, shift = code.at(w, code.times(model, apart)), code.at(c, code.times(model, apart_c))
-        given, to = code.at(x, code.times(model, samples * inputs)), code.at(out, code.times(model, samples * outputs))
-        for at, wide, count in evenly(outputs, many):
-            with code.loop(at, at + wide * count, wide) as output:
-                for n, tile, times in evenly(samples, max(1, (code.host.registers - wide - 1) // wide)):
-                    with code.loop(n, n + tile * times, tile) as sample:
-                        rows = [code.at(given, code.times(sample, inputs), t * inputs) for t in range(tile)]
-                        columns = [code.at(own, code.times(output, inputs), u * inputs) for u in range(wide)]
-                        totals = _products(code, rows, columns, inputs, lanes)
-                        for (t, u), total in totals.items():
-                            if bias:
-                                total = code.do.fadd(total, code.do.load(code.at(shift, output, u)))
-                            code.do.store(total, code.at(to, code.times(sample, outputs), output, t * outputs + u))
+    for at, wide, count in evenly(outputs, many):
+        with code.loop(at, at + wide * count, wide) as output:
+            for n, tile, times in evenly(samples, max(1, (code.host.registers - wide - 1) // wide)):
+                with code.loop(n, n + tile * times, tile) as sample:
+                    rows = [code.at(x, code.times(sample, inputs), t * inputs) for t in range(tile)]
+                    columns = [code.at(w, code.times(output, inputs), u * inputs) for u in range(wide)]
+                    totals = _products(code, rows, columns, inputs, lanes)
+                    for (t, u), total in totals.items():
+                        if bias:
+                            total = code.do.fadd(total, code.do.load(code.at(c, output, u)))
+                        code.do.store(total, code.at(out, code.times(sample, outputs), output, t * outputs + u))
     return code.compiled()
 
 
@@ -78,30 +75,27 @@ def dense_weight_gradient(samples: int, inputs: int, outputs: int, bias: bool) -
     """Return the gradients of a linear layer's weights and biases.
 
     Returns:
-        A function of (x, g, gw, gc, models, apart, apart of gc), shaped as in `dense`; g is the gradient of out.
+        A function of (x, g, gw, gc), shaped as in `dense`; g is the gradient of out.
     """
-    code = Code([FLOATS, FLOATS, FLOATS, FLOATS, I64, I64, I64])
-    x, g, gw, gc, models, apart, apart_c = code.arguments
-    with code.loop(0, models) as model:
-        to, shift = code.at(gw, code.times(model, apart)), code.at(gc, code.times(model, apart_c))
-        given, above = code.at(x, code.times(model, samples * inputs)), code.at(g, code.times(model, samples * outputs))
-        if bias:
-            for first, lanes in blocks(code, outputs):
-                total = code.slot(ir.VectorType(F32, lanes))
-                code.do.store(code.fill(0, lanes), total)
-                with code.loop(0, samples) as n:
-                    value = code.load(code.at(above, code.times(n, outputs), first), lanes)
-                    code.do.store(code.do.fadd(code.do.load(total), value), total)
-                code.store(code.do.load(total), code.at(shift, first))
-        for output, tile in _tiles(code, outputs):
-            for first, lanes in blocks(code, inputs):
-                sums = _sums(code, tile, lanes)
-                with code.loop(0, samples) as n:
-                    value = code.load(code.at(given, code.times(n, inputs), first), lanes)
-                    for t, total in enumerate(sums):
-                        code.add_to(total, code.spread(code.at(above, code.times(n, outputs), output, t), lanes), value)
+    code = Code([FLOATS, FLOATS, FLOATS, FLOATS])
+    x, g, gw, gc = code.arguments
+    if bias:
+        for first, lanes in blocks(code, outputs):
+            total = code.slot(ir.VectorType(F32, lanes))
+            code.do.store(code.fill(0, lanes), total)
+            with code.loop(0, samples) as n:
+                value = code.load(code.at(g, code.times(n, outputs), first), lanes)
+                code.do.store(code.do.fadd(code.do.load(total), value), total)
+            code.store(code.do.load(total), code.at(gc, first))
+    for output, tile in _tiles(code, outputs):
+        for first, lanes in blocks(code, inputs):
+            sums = _sums(code, tile, lanes)
+            with code.loop(0, samples) as n:
+                value = code.load(code.at(x, code.times(n, inputs), first), lanes)
                 for t, total in enumerate(sums):
-                    code.store(code.do.load(total), code.at(to, code.times(output, inputs), first, t * inputs))
+                    code.add_to(total, code.spread(code.at(g, code.times(n, outputs), output, t), lanes), value)
+            for t, total in enumerate(sums):
+                code.store(code.do.load(total), code.at(gw, code.times(output, inputs), first, t * inputs))
     return code.compiled()
 
 
@@ -110,22 +104,19 @@ def dense_input_gradient(samples: int, inputs: int, outputs: int) -> Kernel:
     """Return gx = g w.
 
     Returns:
-        A function of (g, w, gx, models, apart), shaped as in `dense`; g and gx are the gradients of out and x.
+        A function of (g, w, gx), shaped as in `dense`; g and gx are the gradients of out and x.
     """
-    code = Code([FLOATS, FLOATS, FLOATS, I64, I64])
-    g, w, gx, models, apart = code.arguments
-    with code.loop(0, models) as model:
-        own = code.at(w, code.times(model, apart))
-        above, to = code.at(g, code.times(model, samples * outputs)), code.at(gx, code.times(model, samples * inputs))
-        for first, lanes in blocks(code, inputs):  # outside: the weights under a block are then at hand for all samples
-            for sample, tile in _tiles(code, samples):
-                sums = _sums(code, tile, lanes)
-                with code.loop(0, outputs) as output:
-                    value = code.load(code.at(own, code.times(output, inputs), first), lanes)
-                    for t, total in enumerate(sums):
-                        code.add_to(total, code.spread(code.at(above, code.times(sample, outputs), output, t * outputs), lanes), value)
+    code = Code([FLOATS, FLOATS, FLOATS])
+    g, w, gx = code.arguments
+    for first, lanes in blocks(code, inputs):  # outside: the weights under a block are then at hand for all samples
+        for sample, tile in _tiles(code, samples):
+            sums = _sums(code, tile, lanes)
+            with code.loop(0, outputs) as output:
+                value = code.load(code.at(w, code.times(output, inputs), first), lanes)
                 for t, total in enumerate(sums):
-                    code.store(code.do.load(total), code.at(to, code.times(sample, inputs), first, t * inputs))
+                    code.add_to(total, code.spread(code.at(g, code.times(sample, outputs), output, t * outputs), lanes), value)
+            for t, total in enumerate(sums):
+                code.store(code.do.load(total), code.at(gx, code.times(sample, inputs), first, t * inputs))
     return code.compiled()
 
 

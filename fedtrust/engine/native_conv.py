@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fedtrust.engine import kernels
 from fedtrust.engine.fused_layers import At
 from fedtrust.engine.kernels import Window
-from fedtrust.engine.native_layers import Call, Framed, Margin, Native, buffer, each, framed, start
+from fedtrust.engine.native_layers import Call, Framed, Margin, Native, buffer, each, framed
 
 
 class NativeConv(Native):
@@ -28,7 +28,7 @@ class NativeConv(Native):
         """Return the weights in the kernels' order [k, rows, columns, C, C]."""
         assert at.w is not None
         packed, (outputs, inputs) = buffer(at, way, tuple(at.w.shape)), at.w.shape[1:3]
-        kernels.repack(outputs, inputs, self._window, way)(start(at.w), start(packed), at.models, at.w.stride(0))
+        each(at.models, (kernels.repack(outputs, inputs, self._window, way), at.w, packed))
         return packed
 
     def _size(self, x: Framed, at: At) -> tuple[int, ...]:
@@ -78,8 +78,7 @@ class NativeConv(Native):
         """Bring the weights' gradients into PyTorch's order; return the input's."""
         assert at.gw is not None
         outputs, inputs = at.gw.shape[1:3]
-        unpack = kernels.repack(outputs, inputs, self._window, kernels.UNPACK)
-        unpack(start(at.gw), start(self._gradients(at)), at.models, at.gw.stride(0))
+        each(at.models, (kernels.repack(outputs, inputs, self._window, kernels.UNPACK), at.gw, self._gradients(at)))
         return gx
 
 
@@ -131,8 +130,7 @@ class NativePool(Native):
         inside = x.frame
         size = (k, b, inside.height // self._side, inside.width // self._side, inside.channels)
         out, places = framed(at, "out", size, self.room), buffer(at, "places", size, torch.uint8)
-        kernel = kernels.pool(inside, out.frame, self._side, self._relu)
-        kernel(start(x.whole), start(out.whole), start(places), k * b)
+        each(k, (kernels.pool(inside, out.frame, self._side, self._relu), x.whole, out.whole, places, b))
         return out, (inside, places)
 
     def backward(self, g: Framed, kept: Any, at: At) -> Framed:
@@ -141,7 +139,7 @@ class NativePool(Native):
         k, b = g.whole.shape[:2]
         rest = bool(inside.height % self._side or inside.width % self._side)
         gx = framed(at, "gx", (k, b, inside.height, inside.width, inside.channels), self.back, zero=rest)
-        kernels.pool_gradient(gx.frame, g.frame, self._side)(start(g.whole), start(places), start(gx.whole), k * b)
+        each(k, (kernels.pool_gradient(gx.frame, g.frame, self._side), g.whole, places, gx.whole, b))
         return gx
 
 

@@ -6,7 +6,10 @@ the other. Buffers stay from step to step; nothing ever writes into a margin, so
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import threading
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,8 +19,6 @@ from fedtrust.engine import kernels, kernels_dense
 from fedtrust.engine.fused_layers import At, Linear, Recorded
 from fedtrust.engine.jit import Kernel, chain
 from fedtrust.engine.kernels import Frame
-
-_aten = torch.ops.aten
 
 Margin = tuple[int, int]  # rows above and below, pixels on the left and the right
 
@@ -64,30 +65,53 @@ def framed(at: At, name: str, size: tuple[int, ...], margin: Margin, zero: bool 
     return Framed(whole, margin)
 
 
-def start(tensor: Tensor) -> int:
-    """Return where a buffer starts. Whoever asks must hold the buffer while its address is used."""
-    return tensor.data_ptr()
-
-
 #: A kernel and its arguments: buffers [k, ...], of which it gets a model's part ([1, ...]: one for all), whole numbers, `None`.
 Call = tuple[Kernel, *tuple[Tensor | int | None, ...]]
 
+#: Under `calls`, while a thread notes its calls, what it has noted.
+_NOTED = threading.local()
+
+
+class NotStraightError(Exception):
+    """What is being noted does more than to make calls."""
+
+
+@contextlib.contextmanager
+def noting() -> Iterator[list[Call]]:
+    """Note this thread's calls in place of making them."""
+    calls: list[Call] = []
+    _NOTED.calls = calls
+    try:
+        yield calls
+    finally:
+        _NOTED.calls = None
+
 
 def each(models: int, *calls: Call) -> None:
-    """Make the calls for one model after the other.
+    """Make the calls for one model after the other; where the thread notes them (see `native_program`), do only that.
 
     One call from Python does it: with two threads, taking Python's lock again after every kernel cost as much as a third of the kernels.
     """
-    table: list[int] = []
+    noted: list[Call] | None = getattr(_NOTED, "calls", None)
+    if noted is not None:
+        noted += calls
+        return
+    numbers = table(calls)
+    held = (ctypes.c_int64 * len(numbers))(*numbers)
+    chain(tuple(kernel.arity for kernel, *_ in calls))(ctypes.addressof(held), models)
+
+
+def table(calls: Sequence[Call]) -> list[int]:
+    """Return what `jit.chain` wants to know of some calls."""
+    numbers: list[int] = []
     for kernel, *arguments in calls:
-        table.append(kernel.address)
+        numbers.append(kernel.address)
         for given in arguments:
             if isinstance(given, Tensor):
-                table += (given.data_ptr(), 0 if len(given) == 1 else given.element_size() * given.stride(0))
+                numbers += (given.data_ptr(), 0 if len(given) == 1 else given.element_size() * given.stride(0))
             else:
-                table += (given or 0, 0)
-    numbers = (ctypes.c_int64 * len(table))(*table)
-    chain(tuple(kernel.arity for kernel, *_ in calls))(ctypes.addressof(numbers), models)
+                numbers += (given or 0, 0)
+    return numbers
 
 
 class Native:
@@ -96,7 +120,10 @@ class Native:
     Attributes:
         room: the margin that the next layer wants around the output.
         back: the margin that the layer before wants around the gradient of its output.
+        straight: whether it does nothing but to make calls (see `each`), in the same places for values in the same places.
     """
+
+    straight = True
 
     def __init__(self) -> None:
         self.room: Margin = (0, 0)
@@ -119,7 +146,7 @@ class Enter(Native):
         k, b, channels, height, width = x.shape
         out = framed(at, "out", (k, b, height, width, channels), self.room)
         x = x.contiguous()
-        kernels.planes(out.frame, True)(start(out.whole), start(x), k * b)
+        each(k, (kernels.planes(out.frame, True), out.whole, x, b))
         return out, None
 
     def backward(self, g: Framed, kept: Any, at: At) -> Tensor:
@@ -135,7 +162,7 @@ class Leave(Native):
         k, b = x.whole.shape[:2]
         frame = x.frame
         out = buffer(at, "out", (k, b, frame.channels, frame.height, frame.width))
-        kernels.planes(frame, False)(start(x.whole), start(out), k * b)
+        each(k, (kernels.planes(frame, False), x.whole, out, b))
         return out, None
 
     def backward(self, g: Tensor, kept: Any, at: At) -> Framed:
@@ -143,12 +170,14 @@ class Leave(Native):
         k, b, channels, height, width = g.shape
         out = framed(at, "gx", (k, b, height, width, channels), self.back)
         g = g.contiguous()
-        kernels.planes(out.frame, True)(start(out.whole), start(g), k * b)
+        each(k, (kernels.planes(out.frame, True), out.whole, g, b))
         return out
 
 
 class NativeLinear(Linear):
     """`nn.Linear` of split values [k, b, ..., in], with few samples a model; with many, a library's matrix product is faster."""
+
+    straight = True
 
     def forward(self, x: Tensor, at: At) -> tuple[Tensor, Any]:
         """Return the output and what is kept."""
@@ -156,10 +185,11 @@ class NativeLinear(Linear):
         models, outputs, inputs = at.w.shape
         rows = x.flatten(1, -2).contiguous()
         if not _few(rows, at.w):
+            if getattr(_NOTED, "calls", None) is not None:
+                raise NotStraightError
             return super().forward(x, at)
         out = buffer(at, "out", (models, rows.shape[1], outputs))
-        kernel, (place, apart) = kernels_dense.dense(rows.shape[1], inputs, outputs, at.c is not None), _bias(at.c)
-        kernel(start(rows), start(at.w), place, start(out), models, at.w.stride(0), apart)
+        each(models, (kernels_dense.dense(rows.shape[1], inputs, outputs, at.c is not None), rows, at.w, at.c, out))
         return out.view(*x.shape[:-1], outputs), (rows, x.shape)
 
     def backward(self, g: Tensor, kept: Any, at: At) -> Tensor:
@@ -167,16 +197,15 @@ class NativeLinear(Linear):
         rows, shape = kept
         assert at.w is not None
         assert at.gw is not None
+        (models, outputs, inputs), samples = at.w.shape, rows.shape[1]
         if not _few(rows, at.w):
             return super().backward(g, kept, at)
-        (models, outputs, inputs), samples, apart = at.w.shape, rows.shape[1], at.gw.stride(0)
         g = g.flatten(1, -2).contiguous()
-        kernel = kernels_dense.dense_weight_gradient(samples, inputs, outputs, at.gc is not None)
-        kernel(start(rows), start(g), start(at.gw), _bias(at.gc)[0], models, apart, _bias(at.gc)[1])
+        each(models, (kernels_dense.dense_weight_gradient(samples, inputs, outputs, at.gc is not None), rows, g, at.gw, at.gc))
         if not at.wanted:
             return g
         gx = buffer(at, "gx", (models, samples, inputs))
-        kernels_dense.dense_input_gradient(samples, inputs, outputs)(start(g), start(at.w), start(gx), models, at.w.stride(0))
+        each(models, (kernels_dense.dense_input_gradient(samples, inputs, outputs), g, at.w, gx))
         return gx.view(shape)
 
 
@@ -188,27 +217,34 @@ def _few(rows: Tensor, w: Tensor) -> bool:
     return rows.shape[1] <= FEW_SAMPLES and w[0].numel() <= FEW_WEIGHTS
 
 
-def _bias(bias: Tensor | None) -> tuple[int, int]:
-    """Return where a stacked bias [k, out] stands, and how far two models' are apart."""
-    return (0, 0) if bias is None else (bias.data_ptr(), bias.stride(0))
-
-
 class NativeRectify(Native):
-    """`nn.ReLU`, in place: every framed value is a buffer of the layer before, which does not look at it again."""
+    """`nn.ReLU`, in place, of framed values or of split ones: each is a buffer of the layer before, which does not look at it again."""
 
-    def forward(self, x: Framed, at: At) -> tuple[Framed, Any]:
+    def forward(self, x: Framed | Tensor, at: At) -> tuple[Framed | Tensor, Any]:
         """Return the output and what is kept."""
-        x.whole.relu_()
+        whole, _ = _images(x)
+        each(len(whole), (kernels.rectify(), whole, whole[0].numel()))
         return x, x
 
-    def backward(self, g: Framed, kept: Framed, at: At) -> Framed:
+    def backward(self, g: Framed | Tensor, kept: Framed | Tensor, at: At) -> Framed | Tensor:
         """Return the gradient of the input."""
-        _aten.threshold_backward.grad_input(g.inner, kept.inner, 0, grad_input=g.inner)
+        g = g.contiguous() if isinstance(g, Tensor) else g
+        (above, frame), (below, inside) = _images(g), _images(kept)
+        each(len(above), (kernels.rectify_gradient(frame, inside), above, below, above.shape[1]))
         return g
+
+
+def _images(values: Framed | Tensor) -> tuple[Tensor, Frame]:
+    """Return values as images: split ones [k, b, ...] are images of one pixel."""
+    if isinstance(values, Framed):
+        return values.whole, values.frame
+    return values, Frame(1, 1, values[0, 0].numel())
 
 
 class NativeElementwise(Native):
     """Any other activation: autograd's backward pass, on the numbers within the margins."""
+
+    straight = False
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()

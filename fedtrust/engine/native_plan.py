@@ -11,7 +11,7 @@ from fedtrust.engine.fused_layers import Layer
 from fedtrust.engine.native_conv import NativeConv, NativeConvPool, NativePool, square
 from fedtrust.engine.native_layers import Enter, Leave, Margin, Native, NativeElementwise, NativeLinear, NativeRectify
 
-__all__ = ["Enter", "Leave", "NativeLinear", "give_room", "make", "native"]
+__all__ = ["Enter", "Leave", "NativeLinear", "NativeRectify", "give_room", "make", "native"]
 
 
 def native(layer: nn.Module) -> bool:

@@ -12,6 +12,7 @@ from fedtrust.engine import fused as fused_module
 from fedtrust.engine import jit, kernels, kernels_dense
 from fedtrust.engine.fused import fuse
 from fedtrust.engine.kernels import Frame, Window
+from fedtrust.engine.native_layers import each
 from tests.engine.test_fused import check, gradients, stack_of, stacked
 
 #: Other processors' register files; their tiles run here too, slower.
@@ -83,11 +84,11 @@ def test_a_linear_layer_and_its_gradients(samples: int, inputs: int, outputs: in
     leaves = [v.double().detach().requires_grad_() for v in (x, w, c)]
     expected = leaves[0] @ leaves[1].transpose(1, 2) + (leaves[2].unsqueeze(1) if bias else 0)
     gx, gw = torch.autograd.grad(expected, leaves[:2], g.double())
-    at = grads.data_ptr() + 4 * inputs * outputs
     out, back, size = torch.empty(models, samples, outputs), torch.empty(models, samples, inputs), (samples, inputs, outputs)
-    kernels_dense.dense(*size, bias)(x.data_ptr(), w.data_ptr(), c.data_ptr(), out.data_ptr(), models, apart, apart)
-    kernels_dense.dense_weight_gradient(*size, bias)(x.data_ptr(), g.data_ptr(), grads.data_ptr(), at, models, apart, apart)
-    kernels_dense.dense_input_gradient(*size)(g.data_ptr(), w.data_ptr(), back.data_ptr(), models, apart)
+    gradients = grads[:, : inputs * outputs], grads[:, inputs * outputs :]
+    each(models, (kernels_dense.dense(*size, bias), x, w, c, out))
+    each(models, (kernels_dense.dense_weight_gradient(*size, bias), x, g, *gradients))
+    each(models, (kernels_dense.dense_input_gradient(*size), g, w, back))
     torch.testing.assert_close(out, expected.float(), atol=1e-4, rtol=1e-5)
     torch.testing.assert_close(back, gx.float(), atol=1e-4, rtol=1e-5)
     torch.testing.assert_close(grads[:, : inputs * outputs].view_as(w), gw.float(), atol=1e-4, rtol=1e-5)

@@ -1,0 +1,144 @@
+"""A fused network that is machine code from end to end: the calls of a step are noted once and made again by one call from Python.
+
+What a step does then depends on nothing but where the parameters, their gradients and the images stand. A model goes through all layers
+before the next one begins, so that its weights and hidden values stay in a core's cache; and the threads of a process, which take turns
+in Python, are there twice a step in place of a hundred times.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from fedtrust.engine.jit import Kernel, chain
+from fedtrust.engine.native_layers import Call, NotStraightError, noting, table
+
+if TYPE_CHECKING:
+    from fedtrust.engine.fused import Bound
+
+_Numbers = npt.NDArray[np.int64]
+
+#: The programs of each thread, by fused form.
+_LOCAL = threading.local()
+#: A thread forgets its programs of a form above so many: one for every number of clients and samples.
+_MOST = 32
+
+
+class Program(NamedTuple):
+    """Calls that can be made again with values elsewhere.
+
+    Attributes:
+        kernel: what makes them.
+        table: what it wants to know, see `jit.chain`.
+        moved, source: which entries of the table are addresses of something that moves, and of what.
+        models: how many models there are.
+        buffers: what the other addresses belong to.
+    """
+
+    kernel: Kernel
+    table: _Numbers
+    moved: _Numbers
+    source: _Numbers
+    models: int
+    buffers: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, calls: Sequence[Call], models: int, moving: _Numbers) -> Program:
+        """Return the program of some calls; `moving`: where what moves stands now (0: nothing)."""
+        numbers = np.array(table(calls), dtype=np.int64)
+        where = {int(address): i for i, address in enumerate(moving) if address}
+        values = [i for i, is_value in enumerate(_values(calls)) if is_value and int(numbers[i]) in where]
+        source = [where[int(numbers[i])] for i in values]
+        held = tuple(given for _, *rest in calls for given in rest if isinstance(given, Tensor) and given.data_ptr() not in where)
+        kernel = chain(tuple(kernel.arity for kernel, *_ in calls))
+        return cls(kernel, numbers, np.array(values, dtype=np.int64), np.array(source, dtype=np.int64), models, held)
+
+    def run(self, moving: _Numbers) -> None:
+        """Make the calls; `moving`: where what moves stands now."""
+        self.table[self.moved] = moving[self.source]
+        self.kernel(self.table.ctypes.data, self.models)
+
+
+def _values(calls: Sequence[Call]) -> Iterator[bool]:
+    """Yield for every number of the table whether it is the first value of an argument that is a buffer."""
+    for _, *arguments in calls:
+        yield False
+        for given in arguments:
+            yield isinstance(given, Tensor)
+            yield False
+
+
+class Step(NamedTuple):
+    """The programs of a step, and the tensors between them: the outputs [k, b, C] and their gradient."""
+
+    there: Program
+    back: Program
+    outputs: Tensor
+    grad: Tensor
+
+
+class Replayed:
+    """A fused network on some models' parameters, of layers that are all straight (see `Native`).
+
+    Args:
+        form: the fused form, which every thread keeps its programs for.
+        bound: the network as it is without programs.
+        parameters: the stacked parameters, name → [k, *shape].
+        into: where their gradients go.
+    """
+
+    def __init__(self, form: Any, bound: Bound, parameters: Mapping[str, Tensor], into: Mapping[str, Tensor]) -> None:
+        values = [*parameters.values(), *into.values()]
+        self._bound, self._images = bound, values[0]
+        self._moving = np.array([0, *(value.data_ptr() for value in values)], dtype=np.int64)  # the images stand in front
+        self._key = (len(values[0]), *(value.stride(0) for value in values))
+        if not hasattr(_LOCAL, "programs"):
+            _LOCAL.programs = weakref.WeakKeyDictionary()
+        self._programs: dict[Any, Step | None] = _LOCAL.programs.setdefault(form, {})
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Any]:
+        """Return the outputs [k, b, C] of each model for its own samples [k, b, *sample], and what `backward` wants back."""
+        self._images = x = x.contiguous()
+        self._moving[0] = x.data_ptr()
+        key = (*self._key, *x.shape)
+        if key not in self._programs:
+            if len(self._programs) >= _MOST:
+                self._programs.clear()
+            self._programs[key] = self._noted(x)
+        step = self._programs[key]
+        if step is None:
+            return self._bound.forward(x)
+        step.there.run(self._moving)
+        return step.outputs, step
+
+    def backward(self, tape: Any, grad: Tensor) -> None:
+        """Write the gradients of the parameters.
+
+        Args:
+            tape: what `forward` returned; used up.
+            grad: the gradient of the outputs [k, b, C]; may be written over.
+        """
+        if not isinstance(tape, Step):
+            self._bound.backward(tape, grad)
+            return
+        tape.grad.copy_(grad)
+        tape.back.run(self._moving)
+
+    def _noted(self, x: Tensor) -> Step | None:
+        """Return the programs of a step for images like these [k, b, *sample]; `None`: a layer has to compute with PyTorch."""
+        try:
+            with noting() as there:
+                outputs, tape = self._bound.forward(x)
+            grad = torch.empty_like(outputs)
+            with noting() as back:
+                self._bound.backward(tape, grad)
+        except NotStraightError:
+            return None
+        return Step(Program.of(there, len(x), self._moving), Program.of(back, len(x), self._moving), outputs, grad)

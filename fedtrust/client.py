@@ -233,11 +233,16 @@ def overrides(behaviour: Behaviour | type[Behaviour], hook: str) -> bool:
 
 #: What `overrides` has said: it is asked several times a client and round.
 _OVERRIDES: dict[tuple[type[Behaviour], str], bool] = {}
+#: The same of `capabilities`.
+_CAPABILITIES: dict[type[Behaviour], tuple[str, ...]] = {}
 
 
 def capabilities(cls: type[Behaviour]) -> tuple[str, ...]:
     """Return what a behaviour manipulates (`data`, `training`, `update`, `message`), read off the hooks it overrides."""
-    return tuple(dict.fromkeys(word for hook, word in _HOOKS.items() if overrides(cls, hook)))
+    known = _CAPABILITIES.get(cls)
+    if known is None:
+        known = _CAPABILITIES[cls] = tuple(dict.fromkeys(word for hook, word in _HOOKS.items() if overrides(cls, hook)))
+    return known
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

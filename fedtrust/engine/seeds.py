@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 
 
-class _Nothing(np.random.bit_generator.ISeedSequence):
+class _Nothing(np.random.SeedSequence):
     """What a generator starts from whose state is set right away: NumPy would ask the system for entropy, half of what a stream costs."""
 
     def generate_state(self, n_words: int, dtype: npt.DTypeLike = np.uint32) -> npt.NDArray[np.uint32 | np.uint64]:
@@ -22,7 +22,7 @@ class _Nothing(np.random.bit_generator.ISeedSequence):
         return np.zeros(n_words, dtype)
 
 
-_NOTHING, _ZEROS = _Nothing(), np.zeros(4, np.uint64)
+_NOTHING, _ZEROS = _Nothing(0), np.zeros(4, np.uint64)
 
 
 def _digest(seed: int, purpose: str, counters: tuple[int, ...]) -> bytes:

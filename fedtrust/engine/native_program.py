@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -25,10 +25,8 @@ if TYPE_CHECKING:
 
 _Numbers = npt.NDArray[np.int64]
 
-#: The programs of each thread, by fused form.
+#: The steps of each thread, by fused form.
 _LOCAL = threading.local()
-#: A thread forgets its programs of a form above so many: one for every number of clients and samples.
-_MOST = 32
 
 
 class Program(NamedTuple):
@@ -84,6 +82,29 @@ class Step(NamedTuple):
     grad: Tensor
 
 
+class _Steps:
+    """A form's steps by the number of models, all for values that lie alike; `None`: a layer has to compute with PyTorch."""
+
+    def __init__(self) -> None:
+        self._apart: tuple[int, ...] = ()
+        self._sample: tuple[int, ...] = ()
+        self._found: dict[int, Step | None] = {}
+
+    def get(self, shape: tuple[int, ...], apart: tuple[int, ...], make: Callable[[], Step | None]) -> Step | None:
+        """Return the step for images [k, b, *sample], made if there is none yet.
+
+        More models than ever get larger buffers. The steps before are forgotten then, or each would keep its own: they are made anew with
+        a part of those. `apart`: how far two models' parameters are; nothing where there is one model.
+        """
+        models, *sample = shape
+        if tuple(sample) != self._sample or (models > 1 and apart != self._apart) or models > max(self._found, default=0):
+            self._sample, self._apart = tuple(sample), apart
+            self._found.clear()
+        if models not in self._found:
+            self._found[models] = make()
+        return self._found[models]
+
+
 class Replayed:
     """A fused network on some models' parameters, of layers that are all straight (see `Native`).
 
@@ -98,21 +119,16 @@ class Replayed:
         values = [*parameters.values(), *into.values()]
         self._bound, self._images = bound, values[0]
         self._moving = np.array([0, *(value.data_ptr() for value in values)], dtype=np.int64)  # the images stand in front
-        self._key = (len(values[0]), *(value.stride(0) for value in values))
-        if not hasattr(_LOCAL, "programs"):
-            _LOCAL.programs = weakref.WeakKeyDictionary()
-        self._programs: dict[Any, Step | None] = _LOCAL.programs.setdefault(form, {})
+        self._apart = tuple(value.stride(0) for value in values) if len(values[0]) > 1 else ()
+        if not hasattr(_LOCAL, "steps"):
+            _LOCAL.steps = weakref.WeakKeyDictionary()
+        self._steps: _Steps = _LOCAL.steps.setdefault(form, _Steps())
 
     def forward(self, x: Tensor) -> tuple[Tensor, Any]:
         """Return the outputs [k, b, C] of each model for its own samples [k, b, *sample], and what `backward` wants back."""
         self._images = x = x.contiguous()
         self._moving[0] = x.data_ptr()
-        key = (*self._key, *x.shape)
-        if key not in self._programs:
-            if len(self._programs) >= _MOST:
-                self._programs.clear()
-            self._programs[key] = self._noted(x)
-        step = self._programs[key]
+        step = self._steps.get(x.shape, self._apart, lambda: self._noted(x))
         if step is None:
             return self._bound.forward(x)
         step.there.run(self._moving)

@@ -48,13 +48,27 @@ def fused_of(module: nn.Module) -> Fused:
 def test_other_models_elsewhere_take_the_same_steps(name: str) -> None:
     module = build(name, {}, DIGITS, 0)
     form, held = fused_of(module), []
-    for seed, models, samples in ((0, 3, 4), (1, 3, 4), (2, 2, 4), (3, 1, 4), (4, 3, 2), (5, 3, 4)):
+    for seed, models, samples in ((0, 3, 4), (1, 3, 4), (2, 2, 4), (3, 1, 4), (4, 3, 2), (5, 4, 4)):
         values, x = stacked(module, models, seed), torch.rand(models, samples, 1, 8, 8, generator=torch.Generator().manual_seed(seed))
         network, found = step(form, values, x)
         assert isinstance(network, Replayed)
         same(found, module, values, x)
         held.append((values, x, found, network))  # so that nothing stands where something stood before
-    assert len(held[0][3]._programs) == 4, "one for every number of models and samples"
+
+
+def test_steps_of_fewer_models_keep_no_buffers_of_their_own() -> None:
+    module = build("cnn", {}, DIGITS, 0)
+    form, held = fused_of(module), {}
+    for models in (1, 3, 5, 2, 1, 4):
+        network, _ = step(form, stacked(module, models), torch.rand(models, 4, 1, 8, 8))
+        assert isinstance(network, Replayed)
+        held = network._steps._found
+    assert sorted(held) == [1, 2, 4, 5]
+    places = {
+        models: {b.data_ptr() for p in (found.there, found.back) for b in p.buffers} - {found.grad.data_ptr()}
+        for models, found in held.items()
+    }
+    assert all(mine == places[5] for mine in places.values())
 
 
 def test_images_may_lie_in_any_order() -> None:

@@ -96,22 +96,24 @@ def each(models: int, *calls: Call) -> None:
     if noted is not None:
         noted += calls
         return
-    numbers = table(calls)
+    numbers, _ = table(calls)
     held = (ctypes.c_int64 * len(numbers))(*numbers)
     chain(tuple(kernel.arity for kernel, *_ in calls))(ctypes.addressof(held), models)
 
 
-def table(calls: Sequence[Call]) -> list[int]:
-    """Return what `jit.chain` wants to know of some calls."""
+def table(calls: Sequence[Call]) -> tuple[list[int], list[tuple[int, Tensor]]]:
+    """Return what `jit.chain` wants to know of some calls, and the buffers in them with the places of their addresses in it."""
     numbers: list[int] = []
+    buffers = []
     for kernel, *arguments in calls:
         numbers.append(kernel.address)
         for given in arguments:
             if isinstance(given, Tensor):
+                buffers.append((len(numbers), given))
                 numbers += (given.data_ptr(), 0 if len(given) == 1 else given.element_size() * given.stride(0))
             else:
                 numbers += (given or 0, 0)
-    return numbers
+    return numbers, buffers
 
 
 class Native:

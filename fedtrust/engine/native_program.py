@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -21,7 +21,7 @@ from fedtrust.engine.jit import Kernel, chain
 from fedtrust.engine.native_layers import Call, NotStraightError, noting, table
 
 if TYPE_CHECKING:
-    from fedtrust.engine.fused import Bound
+    from fedtrust.engine.fused import Bound, Fused
 
 _Numbers = npt.NDArray[np.int64]
 
@@ -48,15 +48,22 @@ class Program(NamedTuple):
     buffers: tuple[Tensor, ...]
 
     @classmethod
-    def of(cls, calls: Sequence[Call], models: int, moving: _Numbers) -> Program:
-        """Return the program of some calls; `moving`: where what moves stands now (0: nothing)."""
-        numbers = np.array(table(calls), dtype=np.int64)
-        where = {int(address): i for i, address in enumerate(moving) if address}
-        values = [i for i, is_value in enumerate(_values(calls)) if is_value and int(numbers[i]) in where]
-        source = [where[int(numbers[i])] for i in values]
-        held = tuple(given for _, *rest in calls for given in rest if isinstance(given, Tensor) and given.data_ptr() not in where)
+    def of(cls, calls: Sequence[Call], models: int, moving: Sequence[Tensor]) -> Program:
+        """Return the program of some calls; `moving`: what will be somewhere else next time.
+
+        Raises:
+            NotStraightError: a call works on a part of what moves, and the program could not follow it.
+        """
+        numbers, buffers = table(calls)
+        where, theirs = {value.data_ptr(): i for i, value in enumerate(moving)}, {_storage(value) for value in moving}
+        moved = [place for place, _ in buffers if numbers[place] in where]
+        held = tuple(buffer for place, buffer in buffers if numbers[place] not in where)
+        if any(_storage(buffer) in theirs for buffer in held):
+            raise NotStraightError
+        source = [where[numbers[place]] for place in moved]
         kernel = chain(tuple(kernel.arity for kernel, *_ in calls))
-        return cls(kernel, numbers, np.array(values, dtype=np.int64), np.array(source, dtype=np.int64), models, held)
+        entries, places, sources = (np.array(part, dtype=np.int64) for part in (numbers, moved, source))
+        return cls(kernel, entries, places, sources, models, held)
 
     def run(self, moving: _Numbers) -> None:
         """Make the calls; `moving`: where what moves stands now."""
@@ -64,13 +71,8 @@ class Program(NamedTuple):
         self.kernel(self.table.ctypes.data, self.models)
 
 
-def _values(calls: Sequence[Call]) -> Iterator[bool]:
-    """Yield for every number of the table whether it is the first value of an argument that is a buffer."""
-    for _, *arguments in calls:
-        yield False
-        for given in arguments:
-            yield isinstance(given, Tensor)
-            yield False
+def _storage(value: Tensor) -> int:
+    return value.untyped_storage().data_ptr()
 
 
 class Step(NamedTuple):
@@ -115,11 +117,11 @@ class Replayed:
         into: where their gradients go.
     """
 
-    def __init__(self, form: Any, bound: Bound, parameters: Mapping[str, Tensor], into: Mapping[str, Tensor]) -> None:
-        values = [*parameters.values(), *into.values()]
-        self._bound, self._images = bound, values[0]
-        self._moving = np.array([0, *(value.data_ptr() for value in values)], dtype=np.int64)  # the images stand in front
-        self._apart = tuple(value.stride(0) for value in values) if len(values[0]) > 1 else ()
+    def __init__(self, form: Fused, bound: Bound, parameters: Mapping[str, Tensor], into: Mapping[str, Tensor]) -> None:
+        self._bound, self._values = bound, (*parameters.values(), *into.values())
+        self._images: Tensor | None = None  # are looked at again by `backward`
+        self._moving = np.array([0, *(value.data_ptr() for value in self._values)], dtype=np.int64)  # the images stand in front
+        self._apart = tuple(value.stride(0) for value in self._values) if len(self._values[0]) > 1 else ()
         if not hasattr(_LOCAL, "steps"):
             _LOCAL.steps = weakref.WeakKeyDictionary()
         self._steps: _Steps = _LOCAL.steps.setdefault(form, _Steps())
@@ -155,6 +157,7 @@ class Replayed:
             grad = torch.empty_like(outputs)
             with noting() as back:
                 self._bound.backward(tape, grad)
+            moving = (x, *self._values)
+            return Step(Program.of(there, len(x), moving), Program.of(back, len(x), moving), outputs, grad)
         except NotStraightError:
             return None
-        return Step(Program.of(there, len(x), self._moving), Program.of(back, len(x), self._moving), outputs, grad)

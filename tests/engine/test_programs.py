@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import threading
 
+import numpy as np
 import pytest
 import torch
 from test_fused import DIGITS, MNIST, stacked
 from torch import Tensor, nn
 
-from fedtrust.engine import jit
+from fedtrust.engine import jit, kernels
 from fedtrust.engine.fused import Bound, Fused, fuse
-from fedtrust.engine.native_program import Replayed
+from fedtrust.engine.native_layers import NotStraightError
+from fedtrust.engine.native_program import Program, Replayed
 from fedtrust.models.build import build
 
 pytestmark = pytest.mark.skipif(bool(jit.missing()), reason="no machine code here")
@@ -89,6 +91,16 @@ def test_a_layer_that_computes_with_pytorch_stays_out_of_programs() -> None:
     smooth = nn.Sequential(nn.Flatten(), nn.Linear(64, 5), nn.Tanh(), nn.Linear(5, 3))
     network, found = step(fused_of(smooth), values, x)
     assert isinstance(network, Bound)
+
+
+def test_a_call_on_a_part_of_what_moves_cannot_be_followed() -> None:
+    moving, buffer = torch.full((2, 8), -1.0), torch.full((2, 8), -1.0)
+    with pytest.raises(NotStraightError):
+        Program.of([(kernels.rectify(), moving[:, 1:], 7)], 2, [moving])
+    program = Program.of([(kernels.rectify(), moving, 8), (kernels.rectify(), buffer[:, 1:], 7)], 2, [moving])
+    there = torch.full((2, 8), -1.0)
+    program.run(np.array([there.data_ptr()]))
+    assert (moving.unique().tolist(), there.unique().tolist(), buffer.sum(1).tolist()) == ([-1.0], [0.0], [-1.0, -1.0])
 
 
 def test_nan_passes_a_relu_as_in_pytorch() -> None:

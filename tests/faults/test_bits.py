@@ -11,7 +11,7 @@ from .kit import SHORT, Bits, Starter
 
 @pytest.mark.slow
 def test_two_hundred_processes_with_two_threads_have_one_result(starter: Starter) -> None:
-    """Without `threads._set_up_vector_maths` three in a hundred had other bits on an Intel processor with AMX (on others none was seen)."""
+    """Without `threads._set_up_vector_maths` 24 of 200 had other bits on an Intel processor with AMX (on others none was seen)."""
     scenario = starter.scenario(SHORT)
     results: Counter[str] = Counter()
     for i in range(200):

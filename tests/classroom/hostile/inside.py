@@ -27,9 +27,11 @@ from fedtrust.classroom.sandbox.limits import MIB, Limits
 HERE = Path(__file__).parent / "submissions"
 CANARY = Path("/tmp/canary")
 SECRET = "canary-of-the-"
-LIMITS = Limits(memory=256 * MIB, processes=24, file_size=8 * MIB, scratch=16 * MIB, cpu_seconds=1, output=4096, refused=300)
+LIMITS = Limits(memory=256 * MIB, processes=24, file_size=8 * MIB, scratch=16 * MIB, cpu_seconds=20, output=4096, refused=300)
 #: Seconds of wall-clock time for those who would wait.
 SHORT = {"sleep": 2.0}
+#: Seconds of processor time for those who would go on; the others are to meet another limit, also where the first touch of memory is slow.
+BRIEF = {"endless_loop": 1, "endless_import": 1}
 BENIGN = "def perturb(x, y, query):\n    return query(x) + 1\n"
 
 
@@ -194,7 +196,9 @@ def main() -> None:
     sandbox.start()
     print(json.dumps({"case": "", "facts": sandbox.facts, "reachable": seen, "uid": os.getuid()}), flush=True)
     for name in asked["cases"]:
-        sandbox.limits = dataclasses.replace(LIMITS, call_seconds=SHORT.get(name, 30.0), load_seconds=30.0)
+        sandbox.limits = dataclasses.replace(
+            LIMITS, cpu_seconds=BRIEF.get(name, LIMITS.cpu_seconds), call_seconds=SHORT.get(name, 30.0), load_seconds=30.0
+        )
         sandbox.start()
         before = processes()
         found = play(sandbox, canaries.substituted((HERE / f"{name}.py").read_text()), name)

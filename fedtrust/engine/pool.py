@@ -6,7 +6,7 @@ killing its worker, is late, or whose code fails is trained client by client, so
 
 from __future__ import annotations
 
-import functools
+import itertools
 import queue
 import threading
 import time
@@ -25,6 +25,7 @@ from fedtrust.errors import RunError
 from fedtrust.interrupt import Stopped
 
 T = TypeVar("T")
+P = TypeVar("P")
 #: How often the partial sums of a round may be lost before it is given up.
 _REDO = 20
 
@@ -42,10 +43,17 @@ class Ran(NamedTuple):
 
 
 class Done(NamedTuple, Generic[T]):
-    """A worker's result: what it trained, without the sum, and the sum wherever it lies."""
+    """A worker's result: what it trained, without the sum, and the sum wherever it lies.
+
+    Attributes:
+        trained: the result of a chunk.
+        total: the sum.
+        level: it is that of 2^level chunks from this one on; `None`: this one's is in another's.
+    """
 
     trained: Trained
     total: T | None
+    level: int | None = 0
 
 
 class Failed(NamedTuple):
@@ -86,6 +94,7 @@ class Piece:
         place: the client's place in the chunk when it is trained alone.
         tries: how often a worker has failed on it.
         started: when a worker began, by `time.monotonic`.
+        single: whether it is to be handed to a worker by itself: it failed together with others.
     """
 
     number: int
@@ -93,10 +102,22 @@ class Piece:
     place: int | None = None
     tries: int = 0
     started: float | None = None
+    single: bool = False
+
+    @property
+    def untried(self) -> bool:
+        """Whether nothing has failed on it yet."""
+        return self.place is None and not self.tries and not self.single
 
 
 class Round(Generic[T]):
-    """The chunks of one call of `Job.run`: which wait, which are at work, and what came of them."""
+    """The chunks of one call of `Job.run`: which wait, which are at work, and what came of them.
+
+    Attributes:
+        most: how many chunks a worker may be handed at once.
+    """
+
+    most = 1
 
     def __init__(
         self, chunks: Sequence[Chunk], retries: int, add: Callable[[T, T], T], fetch: Callable[[T], Tensor], owner: Any = None
@@ -127,19 +148,38 @@ class Round(Generic[T]):
         """Return how many pieces nobody works on."""
         return len(self._waiting)
 
-    def take(self, near: Callable[[int], bool] | None = None) -> Piece | None:
-        """Return a piece that nobody works on, if there is one; rather one whose chunk's number is `near`."""
+    def take(self) -> Piece | None:
+        """Return a piece that nobody works on, if there is one."""
+        found = self.block(1, lambda number, first: True)
+        return found[0] if found else None
+
+    def block(self, workers: int, fits: Callable[[int, int], bool]) -> list[Piece]:
+        """Return pieces that nobody works on, to be handed over together; none if there are none.
+
+        They are a whole block of the tree that adds up, so that one sum comes of them, and no more than leaves the other `workers` their
+        share, nor than `most`.
+
+        Args:
+            workers: how many share the round.
+            fits: (a chunk's number, another's) → whether the one goes with the other; with itself: whether the caller is the right one.
+        """
         with self._lock:
             if not self._waiting:
-                return None
-            place = 0
-            if near is not None:
-                place = next((i for i, piece in enumerate(self._waiting) if near(piece.number)), 0)
-            piece = self._waiting[place]
-            del self._waiting[place]
-            piece.started = None
-            self.running.add(piece)
-            return piece
+                return []
+            start = next((i for i, piece in enumerate(self._waiting) if fits(piece.number, piece.number)), 0)
+            line = list(itertools.islice(self._waiting, start, start + self._share(workers)))
+            first, count = line[0], 1
+            while 2 * count <= len(line) and first.number % (2 * count) == 0 and _neighbours(line[: 2 * count], fits):
+                count *= 2
+            found = line[:count]
+            for piece in found:
+                self._waiting.remove(piece)
+                piece.started = None
+            self.running.update(found)
+            return found
+
+    def _share(self, workers: int) -> int:
+        return min(self.most, -(-len(self._waiting) // (workers + 1)))
 
     def settle(self, piece: Piece, outcome: Done[T] | Failed) -> None:
         """Take note of what came of a piece.
@@ -204,7 +244,8 @@ class Round(Generic[T]):
         self._results[number] = done.trained
         self._left -= 1
         try:
-            self._tree.put(number, done.total)
+            if done.level is not None:
+                self._tree.put(number, done.total, done.level)
         except LostError as error:
             self._redo(error.parts)
 
@@ -243,42 +284,34 @@ class Pool:
         self._rounds: deque[Round[Any]] = deque()
         self._changed = threading.Condition()
 
-    def take(self, near: Callable[[Round[Any], int], bool] | None = None) -> tuple[Round[Any], Piece] | None:
-        """Return the next piece of work, rather one whose chunk is `near`; waits for one, and returns `None` when the pool closes."""
+    def take(self, pick: Callable[[Round[Any]], P | None]) -> tuple[Round[Any], P] | None:
+        """Return a round that has work, and what `pick` takes of it; waits for one, and returns `None` when the pool closes."""
         with self._changed:
             while not self.closed:
-                work = self._next(near)
-                if work is not None:
+                if work := self._next(pick):
                     return work
                 self._changed.wait()
             return None
 
-    def more(
-        self, keep: int, fits: Callable[[Round[Any]], bool], near: Callable[[Round[Any], int], bool] | None = None
-    ) -> tuple[Round[Any], Piece] | None:
-        """Return a further piece for a worker that is busy, or `None` if no more than `keep` pieces wait: those are for idle workers.
+    def _next(self, pick: Callable[[Round[Any]], P | None]) -> tuple[Round[Any], P] | None:
+        for _ in range(len(self._rounds)):
+            turn = self._rounds[0]
+            self._rounds.rotate(-1)
+            if found := pick(turn):
+                return turn, found
+        return None
+
+    def more(self, keep: int, pick: Callable[[Round[Any]], P | None]) -> tuple[Round[Any], P] | None:
+        """Return further work for a worker that is busy, or `None` if no more than `keep` pieces wait: those are for idle workers.
 
         Args:
             keep: how many are left to others.
-            fits: whether the worker can do a round's pieces without further ado.
-            near: see `take`.
+            pick: takes what the worker can do without further ado.
         """
         with self._changed:
             if self.closed or sum(turn.waiting() for turn in self._rounds) <= keep:
                 return None
-            for turn in self._rounds:
-                if fits(turn) and (piece := turn.take(None if near is None else functools.partial(near, turn))) is not None:
-                    return turn, piece
-            return None
-
-    def _next(self, near: Callable[[Round[Any], int], bool] | None) -> tuple[Round[Any], Piece] | None:
-        for _ in range(len(self._rounds)):
-            turn = self._rounds[0]
-            self._rounds.rotate(-1)
-            piece = turn.take(None if near is None else functools.partial(near, turn))
-            if piece is not None:
-                return turn, piece
-        return None
+            return next(((turn, found) for turn in self._rounds if (found := pick(turn))), None)
 
     def run(self, turn: Round[Any], tend: Callable[[], float]) -> Ran:
         """See a round through.
@@ -342,6 +375,12 @@ class Pool:
             for turn in self._rounds:
                 turn.done.put(None)
             self._changed.notify_all()
+
+
+def _neighbours(line: Sequence[Piece], fits: Callable[[int, int], bool]) -> bool:
+    """Return whether pieces are of chunks one after the other that go together, and nothing has failed on any."""
+    first = line[0].number
+    return all(piece.untried and piece.number == first + i and fits(piece.number, first) for i, piece in enumerate(line))
 
 
 def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import time
 import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -17,7 +18,8 @@ from torch import Tensor
 
 from fedtrust import __version__
 from fedtrust.engine import threads
-from fedtrust.engine.cohort import Chunk, Trained, train
+from fedtrust.engine.cohort import Chunk, train
+from fedtrust.engine.sums import Tree
 from fedtrust.engine.world import World
 
 #: Stands for a tensor that travels by itself.
@@ -101,6 +103,7 @@ class Worker:
         self._worlds: dict[int, World] = {}
         self._names: dict[int, tuple[str, ...]] = {}
         self._samples: dict[str, Tensor] = {}
+        self._models: dict[int, Any] = {}  # what each job's clients were sent last
 
     def hello(self) -> Hello:
         """Say who this is."""
@@ -124,6 +127,7 @@ class Worker:
         """Drop a run, and its samples if no other run uses them."""
         self._worlds.pop(job, None)
         self._names.pop(job, None)
+        self._models.pop(job, None)
         used = {name for names in self._names.values() for name in names}
         self._samples = {name: values for name, values in self._samples.items() if name in used}
         threads.give_back()
@@ -132,15 +136,31 @@ class Worker:
         """Return the jobs whose worlds are here, and how many tensors of samples."""
         return sorted(self._worlds), len(self._samples)
 
-    def train(self, job: int, model: Any, chunk: Any) -> tuple[tuple[Trained, bool], Any, Any]:
-        """Train a chunk; the small part of the result, the updates and the sum come back separately."""
+    def train(self, job: int, model: Any, chunks: Sequence[Any]) -> tuple[tuple[list[Any], bool], list[Any], Any]:
+        """Train a block of chunks.
+
+        Args:
+            job: the run.
+            model: what all clients are sent; `None`: what they were sent the last time.
+            chunks: the chunks.
+
+        Returns:
+            Of every chunk the small part of the result, and the seconds; of every chunk the updates; the sum over all chunks.
+        """
         threads.fix(1)  # a method with a group of its own runs on a thread that has not been told
-        params, server = unpack(model)
-        result = train(self._worlds[job], unpack(chunk)._replace(params=params, server=server))
-        total = None if result.total is None else result.total.numpy()
-        updates = result.updates.numpy() if len(result.updates) else None
-        head = pack(result._replace(updates=result.updates[:0].clone(), total=None))
-        return (head, total is not None), updates, total
+        if model is not None:
+            self._models[job] = unpack(model)
+        params, server = self._models[job]
+        heads, updates, sums = [], [], Tree(len(chunks), torch.Tensor.add_)
+        for number, chunk in enumerate(chunks):
+            began = time.perf_counter()
+            result = train(self._worlds[job], unpack(chunk)._replace(params=params, server=server))
+            sums.put(number, result.total)
+            updates.append(result.updates.numpy() if len(result.updates) else None)
+            head = pack(result._replace(updates=result.updates[:0].clone(), total=None))
+            heads.append((head, time.perf_counter() - began))
+        total = sums.result()
+        return (heads, total is not None), updates, None if total is None else total.numpy()
 
     def add(self, left: Any, right: Any) -> Any:
         """Return the sum of two partial sums that lie on this node."""

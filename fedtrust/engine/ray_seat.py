@@ -9,13 +9,15 @@ import contextlib
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fedtrust.engine.cohort import Trained
 from fedtrust.engine.pool import Done, Failed, LostError, Piece, Round
 from fedtrust.engine.ray_actor import Hello, pack_chunk, unpack, versions
 from fedtrust.errors import RunError
@@ -32,6 +34,14 @@ _OPENING = 120.0
 
 class LateError(Exception):
     """Ray gave no answer in time."""
+
+
+class Handed(NamedTuple):
+    """Pieces of a round that the worker was handed in one call, and the references to what will come of it, or why nothing will."""
+
+    turn: RayRound
+    pieces: list[Piece]
+    call: list[Any] | Failed
 
 
 @dataclass(eq=False)
@@ -83,7 +93,8 @@ class Seat:
         self.hello: Hello | None = None
         self.down, self.why, self.failures, self.mismatch = time.monotonic(), "no room for it", 0, ""
         self.opened: set[int] = set()
-        self._handed: deque[tuple[RayRound, Piece, list[Any] | Failed]] = deque()
+        self._sent: dict[int, Any] = {}  # the model that the worker was sent last, by job
+        self._handed: deque[Handed] = deque()
         self.thread = threading.Thread(target=self._live, name=f"fedtrust-ray-{number}", daemon=True)
         self.thread.start()
 
@@ -91,35 +102,41 @@ class Seat:
         with contextlib.suppress(Stopped):
             while self._up() and (self._handed or self._fetch()):
                 self._ahead()
-                turn, piece, call = self._handed.popleft()
-                turn.done.put((piece, self._outcome(turn, piece, call)))
-                del turn, piece, call  # what a round holds is not kept alive by an idle thread
+                handed = self._handed.popleft()
+                for piece, outcome in zip(handed.pieces, self._outcomes(handed), strict=True):
+                    handed.turn.done.put((piece, outcome))
+                    del piece, outcome  # what a round holds is not kept alive by an idle thread
+                del handed
                 if self.hello is None:  # nobody was there any more to begin with what came next: it is put back as it was
                     while self._handed:
-                        turn, piece, _ = self._handed.popleft()
-                        turn.done.put((piece, Failed("its worker was gone before it began", again=True, counts=False)))
+                        turn, pieces, _ = self._handed.popleft()
+                        for piece in pieces:
+                            turn.done.put((piece, Failed("its worker was gone before it began", again=True, counts=False)))
 
     def _fetch(self) -> bool:
-        """Wait for a piece and hand it to the worker; return whether there is one."""
-        work = self._pool.take(self._near)
+        """Wait for work and hand it to the worker; return whether there is any."""
+        work = self._pool.take(self._pick)
         if work is None:
             return False
-        turn, piece = cast("RayRound", work[0]), work[1]
-        opened = self._open(turn.owner)
-        self._handed.append((turn, piece, self._begin(turn, piece) if opened else Failed("no worker could take over the run", True, False)))
+        turn, pieces = cast("RayRound", work[0]), work[1]
+        call = self._begin(turn, pieces) if self._open(turn.owner) else Failed("no worker could take over the run", True, False)
+        self._handed.append(Handed(turn, pieces, call))
         return True
 
     def _ahead(self) -> None:
-        """Hand a busy worker its next piece, so that it need not wait for this process in between; idle workers come first."""
+        """Hand a busy worker its next pieces, so that it need not wait for this process in between; idle workers come first."""
         if len(self._handed) > 1 or self.hello is None:
             return
-        work = self._pool.more(self._executor.workers, lambda turn: turn.owner.number in self.opened, self._near)
+        work = self._pool.more(self._executor.workers, lambda turn: self._pick(turn) if turn.owner.number in self.opened else None)
         if work is not None:
-            turn, piece = cast("RayRound", work[0]), work[1]
-            self._handed.append((turn, piece, self._begin(turn, piece)))
+            turn, pieces = cast("RayRound", work[0]), work[1]
+            self._handed.append(Handed(turn, pieces, self._begin(turn, pieces)))
 
-    def _near(self, turn: Round[Any], number: int) -> bool:
-        return self.hello is not None and turn.homes[number] in ("", self.hello.node)  # type: ignore[attr-defined]
+    def _pick(self, turn: Round[Any]) -> list[Piece]:
+        """Take pieces of a round that are near, and of the same model."""
+        models, homes = turn.models, turn.homes  # type: ignore[attr-defined]
+        node = self.hello.node if self.hello else None
+        return turn.block(self._executor.workers, lambda number, first: homes[number] in ("", node) and models[number] is models[first])
 
     def _up(self) -> bool:
         """Get a worker onto the seat, however long it takes; return whether one sits there."""
@@ -143,6 +160,7 @@ class Seat:
         """Give up the worker; another one will take its place."""
         self.down, self.why, self.hello = time.monotonic(), why, None
         self.opened.clear()
+        self._sent.clear()
         actor, self.actor = self.actor, None
         if actor is not None:
             with contextlib.suppress(Exception):  # it may be dead already
@@ -151,11 +169,15 @@ class Seat:
     def _get(self, ref: Any, seconds: float | None) -> Any:
         return get(self._ray, self._pool, ref, seconds)
 
-    def _begin(self, turn: RayRound, piece: Piece) -> list[Any] | Failed:
-        """Hand the worker a piece; return the references to what will come of it."""
+    def _begin(self, turn: RayRound, pieces: list[Piece]) -> list[Any] | Failed:
+        """Hand the worker pieces; return the references to what will come of them."""
+        job, model = turn.owner.number, turn.models[pieces[0].number]
         try:
             call = self.actor.train.options(num_returns=3)
-            return list(call.remote(turn.owner.number, turn.models[piece.number], pack_chunk(piece.chunk)))
+            known = self._sent.get(job) is model  # calls arrive in order; to hand over a reference costs as much as all the rest
+            refs = call.remote(job, None if known else model, [pack_chunk(piece.chunk) for piece in pieces])
+            self._sent[job] = model
+            return list(refs)
         except Stopped:
             raise
         except self._ray.exceptions.RayError as error:
@@ -164,13 +186,24 @@ class Seat:
         except BaseException as error:  # for instance a behaviour that cannot be pickled
             return Failed(f"could not be handed to a worker: {said(error.__cause__ or error)}", again=False)
 
-    def _outcome(self, turn: RayRound, piece: Piece, call: list[Any] | Failed) -> Done[Sum] | Failed:
-        """Wait for what comes of a piece, and say why if nothing does."""
-        if isinstance(call, Failed):
-            return call
+    def _outcomes(self, handed: Handed) -> Sequence[Done[Sum] | Failed]:
+        """Wait for what comes of pieces; where that fails, nobody knows on which of several: each is put back, to go by itself."""
+        found = self._outcome(handed)
+        if not isinstance(found, Failed):
+            return found
+        if len(handed.pieces) > 1 and not found.run:
+            found = found._replace(again=True, counts=False)
+            for piece in handed.pieces:
+                piece.single = True
+        return [found] * len(handed.pieces)
+
+    def _outcome(self, handed: Handed) -> list[Done[Sum]] | Failed:
+        """Wait for what comes of pieces, and say why if nothing does."""
+        if isinstance(handed.call, Failed):
+            return handed.call
         errors = self._ray.exceptions
         try:
-            return self._collect(piece, call)
+            return self._collect(handed, handed.call)
         except LateError:
             self.drop("it was late")
             return Failed(f"no answer within {self._executor.deadline:g} s", again=False)
@@ -200,19 +233,26 @@ class Seat:
         job.refused.clear()
         return True
 
-    def _collect(self, piece: Piece, call: list[Any]) -> Done[Sum]:
+    def _collect(self, handed: Handed, call: list[Any]) -> list[Done[Sum]]:
         node = self.hello.node if self.hello else ""
         # A sum that lies elsewhere stays there, but for that of a single client, which is added to its chunk's here.
-        stays = piece.chunk.sums is not None and piece.place is None and node != self._executor.node
-        piece.started = time.monotonic()  # whatever the worker did before is done
+        first = handed.pieces[0]
+        stays = first.chunk.sums is not None and first.place is None and node != self._executor.node
+        for piece in handed.pieces:
+            piece.started = time.monotonic()  # whatever the worker did before is done
         head, updates, total = call
-        (packed, summed), block, *here = self._get([head, updates] if stays else [head, updates, total], self._executor.deadline)
-        trained = unpack(packed)
-        if block is not None:
-            trained = trained._replace(updates=torch.from_numpy(np.array(block)))  # a copy: the store's own is read-only
-        if not summed:
-            return Done(trained, None)
-        return Done(trained, Part(total, self.actor, node) if stays else torch.from_numpy(np.array(here[0])))
+        (heads, summed), blocks, *here = self._get([head, updates] if stays else call, self._executor.deadline)
+        handed.turn.seconds += [seconds for _, seconds in heads]
+        found = [Done[Sum](_trained(packed, block), None, None) for (packed, _), block in zip(heads, blocks, strict=True)]
+        added = None if not summed else Part(total, self.actor, node) if stays else torch.from_numpy(np.array(here[0]))
+        found[0] = found[0]._replace(total=added, level=len(found).bit_length() - 1)
+        return found
+
+
+def _trained(head: Any, block: Any) -> Trained:
+    """Return the result of a chunk from what came; the updates are a copy, for the object store's are read-only."""
+    result: Trained = unpack(head)
+    return result if block is None else result._replace(updates=torch.from_numpy(np.array(block)))
 
 
 def add(executor: RayExecutor, left: Sum, right: Sum) -> Sum:

@@ -18,6 +18,8 @@ from fedtrust.engine import threads
 from fedtrust.errors import InputError
 
 _MIB = 1024**2
+#: What is no larger than this travels with a call, if Ray was started here; what is larger goes through the object store.
+ALONG = 1 * _MIB
 #: Ray refuses a smaller object store than this.
 _LEAST = 80 * _MIB
 
@@ -64,7 +66,7 @@ def start(ray: Any, workers: int | None, address: str | None) -> None:
         settings |= {"address": "local", "include_dashboard": False, "num_cpus": cpus, "object_store_memory": store_size()}
         # By default Ray frees what nobody refers to once a second: a second's worth of updates would lie in the store. And what is
         # larger than 100 KB goes there, by way of another process, which costs more than to send up to a megabyte along.
-        settings["_system_config"] = {"free_objects_batch_size": 1, "max_direct_call_object_size": 1 << 20}
+        settings["_system_config"] = {"free_objects_batch_size": 1, "max_direct_call_object_size": ALONG}
     try:
         with warnings.catch_warnings(), _same_signals():
             warnings.simplefilter("ignore")  # Ray warns about its own dependencies

@@ -20,7 +20,7 @@ from fedtrust.engine.cohort import Chunk
 from fedtrust.engine.pool import Pool, Ran, Round
 from fedtrust.engine.ray_actor import Worker, bare, pack_model
 from fedtrust.engine.ray_seat import Seat, Sum, add, fetch
-from fedtrust.engine.ray_start import import_ray, room, start
+from fedtrust.engine.ray_start import ALONG, import_ray, room, start
 from fedtrust.engine.world import World
 from fedtrust.errors import RunError
 
@@ -30,6 +30,8 @@ PATIENCE = 60.0
 _FAILURES = 5
 #: How many workers in a row may fail to take over a run.
 _REFUSALS = 3
+#: Seconds of training that a worker is handed at once: every call costs Ray a millisecond or two of somebody's processor.
+_HANDFUL = 0.1
 #: Seconds that the threads which look after workers get to end.
 _GOODBYE = 1.0
 
@@ -38,12 +40,14 @@ class RayRound(Round[Sum]):
     """A round on Ray workers.
 
     Attributes:
-        models: for each chunk what its clients are sent, in the object store.
+        models: for each chunk what its clients are sent, or a reference to that in the object store.
         homes: for each chunk the node that should rather train it, so that neighbours are added there; empty where it does not matter.
+        seconds: how long workers took for a chunk.
     """
 
     models: list[Any]
     homes: list[str]
+    seconds: list[float]
 
 
 class _Shelf:
@@ -90,6 +94,7 @@ class RayJob:
         names, samples: what its samples hold, and where they lie in the object store.
         world: the rest of its world there.
         refused: why workers could not take it over, since one last could.
+        pace: seconds that the slowest chunk of the last round took.
     """
 
     def __init__(self, executor: RayExecutor, number: int, world: World) -> None:
@@ -99,6 +104,7 @@ class RayJob:
         self.names, self.samples = tuple(name for name, _ in taken), [ref for _, ref in taken]
         self.world = executor.ray.put(empty)
         self.refused: list[str] = []
+        self.pace = _HANDFUL
         self._open = True
         self._sized = world
         self._cut: Cut | None = None if executor.gpus else cpu_cut(world)
@@ -149,6 +155,7 @@ class RayExecutor:
                 self.ray.shutdown()
             raise
         self.workers = self._room.workers
+        self._along = ALONG * 3 // 4 if self._started and not address else 0
         self.node: str = self.ray.get_runtime_context().get_node_id()
         self.pool, self.shelf = Pool(), _Shelf(self.ray)
         self._numbers = itertools.count()
@@ -193,18 +200,25 @@ class RayExecutor:
             self.ray.cloudpickle.register_pickle_by_value(module)
 
     def train(self, job: RayJob, chunks: Sequence[Chunk]) -> Ran:
-        """Train a job's chunks; the model crosses to the object store once."""
+        """Train a job's chunks; a model is made ready to travel once."""
         turn = RayRound(chunks, self._retries, functools.partial(add, self), functools.partial(fetch, self), job)
         sent: dict[tuple[int, ...], Any] = {}
         turn.models = []
         for chunk in chunks:
             key = (id(chunk.params), *(id(value) for value in chunk.server.values()))
             if key not in sent:
-                sent[key] = self.ray.put(pack_model(chunk))
+                sent[key] = self._parcel(chunk)
             turn.models.append(sent[key])
-        turn.homes = self._homes(len(chunks))
+        turn.homes, turn.seconds, turn.most = self._homes(len(chunks)), [], max(1, int(_HANDFUL / job.pace))
         with threads.using(1):  # a second thread would wait for the next addition by spinning, on a core that a worker wants
-            return self.pool.run(turn, functools.partial(self._tend, job))
+            ran = self.pool.run(turn, functools.partial(self._tend, job))
+        job.pace = max([1e-6, *turn.seconds])
+        return ran
+
+    def _parcel(self, chunk: Chunk) -> Any:
+        """Return what the clients of a chunk are sent, or a reference to it: by way of the object store it takes milliseconds longer."""
+        size = sum(value.numel() * value.element_size() for value in (chunk.params, *chunk.server.values()))
+        return pack_model(chunk) if size <= self._along else self.ray.put(pack_model(chunk))
 
     def _homes(self, count: int) -> list[str]:
         """Give each node a block of neighbouring chunks, as large as its share of the workers."""

@@ -30,19 +30,25 @@ class Tree(Generic[T]):
         self._alive: dict[tuple[int, int], T | None] = {}  # (level, index): the sum over [index, index + 1) * 2^level
         self._top = max(0, (count - 1).bit_length())
 
-    def put(self, number: int, item: T | None) -> None:
+    def put(self, number: int, item: T | None, level: int = 0) -> None:
         """Add the item of a number, each once; `None` stands for an item that adds nothing.
 
+        Args:
+            number: which; with a level, the first of 2^level, a multiple of that.
+            item: it, or the sum over all 2^level of them in the same order.
+            level: see above.
+
         Raises:
-            ValueError: the number is not in the sum, or is there already.
+            ValueError: a number is not in the sum, or is there already.
             Exception: whatever `add` raises; the item is in the tree then, not yet added to its neighbour.
         """
-        if not 0 <= number < self._count:
-            raise ValueError(f"number {number} of a sum over {self._count}")
-        if any((level, number >> level) in self._alive for level in range(self._top + 1)):
-            raise ValueError(f"number {number} is in the sum already")
-        self._alive[0, number] = item
-        self._climb(0, number)
+        end = number + (1 << level)
+        if number < 0 or end > self._count or number % (1 << level):
+            raise ValueError(f"numbers {number} to {end - 1} of a sum over {self._count}")
+        if any(index << up < end and number < (index + 1) << up for up, index in self._alive):
+            raise ValueError(f"one of the numbers {number} to {end - 1} is in the sum already")
+        self._alive[level, number >> level] = item
+        self._climb(level, number >> level)
 
     def _climb(self, level: int, index: int) -> None:
         """Add an item to its neighbour, their sum to its neighbour, and so on, as far as there are any."""

@@ -171,7 +171,7 @@ class LocalExecutor:
         threads.fix(1)
         threads.stay(hand.number, self.workers)
         STOP.event = hand.stop
-        while (work := self.pool.take()) is not None:
+        while (work := self.pool.take(Round.take)) is not None:
             turn, piece = work
             with self._lock:
                 piece.started = time.monotonic()

@@ -26,8 +26,10 @@ from fedtrust.client import Behaviour, View
 from fedtrust.engine import ray_start, workers
 from fedtrust.engine.cohort import Chunk, ClientTask
 from fedtrust.engine.partial import Sums
+from fedtrust.engine.pool import Piece
 from fedtrust.engine.ray_actor import Worker
-from fedtrust.engine.ray_workers import RayExecutor
+from fedtrust.engine.ray_seat import Seat
+from fedtrust.engine.ray_workers import RayExecutor, RayRound
 from fedtrust.engine.workers import LocalExecutor, Ran
 from fedtrust.errors import InputError, RunError
 from fedtrust.models.losses import cross_entropy
@@ -222,6 +224,69 @@ def test_a_dead_worker_is_replaced_and_its_chunk_tried_again_with_the_same_bits(
     assert same(ran, local(setup, chunks))  # the flag is there: nobody dies in this process
     wait_for(lambda: all(seat.hello for seat in pair.seats))  # full capacity is back
     assert len(pids & {seat.hello.pid for seat in pair.seats if seat.hello}) == 1
+
+
+@pytest.fixture
+def blocks(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """The numbers of the chunks of every call to a worker."""
+    seen: list[list[int]] = []
+    begin = Seat._begin
+
+    def noted(seat: Seat, turn: RayRound, pieces: list[Piece]) -> Any:
+        seen.append([piece.number for piece in pieces])
+        return begin(seat, turn, pieces)
+
+    monkeypatch.setattr(Seat, "_begin", noted)
+    return seen
+
+
+def test_quick_chunks_are_handed_over_in_blocks_and_give_the_same_bits(pair: RayExecutor, setup: Setup, blocks: list[list[int]]) -> None:
+    with closing(pair.open(setup.world)) as job:
+        for sums in (False, True):
+            blocks.clear()
+            job.pace = 1.0
+            assert same(job.run(cut(setup, sums=sums)), local(setup, cut(setup, sums=sums)))
+            assert sorted(blocks) == [[0], [1], [2], [3]]
+            assert 0 < job.pace < 1.0
+            blocks.clear()
+            job.pace = 0.001
+            assert same(job.run(cut(setup, sums=sums)), local(setup, cut(setup, sums=sums)))
+            assert sorted(blocks) == [[0, 1], [2], [3]]
+
+
+def test_a_model_is_sent_again_only_when_it_is_another(pair: RayExecutor, setup: Setup, blocks: list[list[int]]) -> None:
+    honest, other = cut(setup), setup.params + 1
+    chunks = [chunk._replace(params=other) if number % 2 else chunk for number, chunk in enumerate(honest)]
+    with closing(pair.open(setup.world)) as job:
+        for _ in range(2):
+            job.pace = 0.001
+            assert same(job.run(chunks), local(setup, chunks))
+        assert [len(block) for block in blocks] == [1] * 8  # a block is of one model
+
+
+def test_who_kills_the_worker_of_a_block_costs_its_neighbours_only_time(
+    pair: RayExecutor, setup: Setup, tmp_path: Path, blocks: list[list[int]]
+) -> None:
+    chunks = cut(setup, {3: Deadly(how="kill", flag=str(tmp_path / "flag"))}, sums=True)
+    with closing(pair.open(setup.world)) as job:
+        job.pace = 0.001
+        ran = job.run(chunks)
+    assert (tmp_path / "flag").exists()
+    assert [r.faults for r in ran.results] == [{}] * 4
+    assert same(ran, local(setup, chunks))
+    assert sorted(blocks) == [[0], [0, 1], [1], [2], [3]]
+
+
+@pytest.mark.slow
+def test_who_kills_every_worker_of_a_block_is_dropped_by_name(pair: RayExecutor, setup: Setup, blocks: list[list[int]]) -> None:
+    with closing(pair.open(setup.world)) as job:
+        job.pace = 0.001
+        ran = job.run(cut(setup, {3: Deadly(how="exit")}, sums=True))
+    assert [list(r.faults) for r in ran.results] == [[], [3], [], []]
+    assert [set(r.clients) for r in ran.results] == [{0, 1, 2}, {4}, {5}, {6, 7}]
+    assert [block for block in blocks if len(block) > 1] == [[0, 1]]
+    assert blocks.count([0]) == 1
+    assert blocks.count([1]) >= 4  # by itself, again, then its clients
 
 
 @pytest.mark.slow
@@ -464,7 +529,8 @@ import ray, numpy as np, psutil
 from fedtrust.client import Behaviour
 from fedtrust.engine import ray_start
 from fedtrust.engine.cohort import Chunk, ClientTask
-from fedtrust.engine.ray_workers import RayExecutor
+from fedtrust.engine.ray_seat import Seat
+from fedtrust.engine.ray_workers import RayExecutor, RayRound
 from fedtrust.scenario import parse
 from fedtrust.setup import build
 from tests.conftest import SMALL

@@ -41,6 +41,22 @@ def test_every_order_gives_every_number_once_and_the_same_sum(count: int, rng: r
     assert found == [n for n in range(count) if n not in missing]
 
 
+def test_sums_of_whole_blocks_fit_in() -> None:
+    tree: Tree[str] = Tree(7, lambda left, right: f"({left}+{right})")
+    tree.put(6, "6")
+    tree.put(4, "(4+5)", 1)
+    tree.put(0, "((0+1)+(2+3))", 2)
+    assert tree.result() == "(((0+1)+(2+3))+((4+5)+6))"
+    for number, level in ((1, 1), (4, 2), (6, 1), (-2, 1)):
+        with pytest.raises(ValueError, match=r"of a sum over 7$"):
+            Tree[str](7, str.__add__).put(number, "x", level)
+    for number, level in ((2, 1), (0, 2), (3, 0)):
+        half: Tree[str] = Tree(7, str.__add__)
+        half.put(3, "x")
+        with pytest.raises(ValueError, match="already"):
+            half.put(number, "x", level)
+
+
 def test_floats_have_the_same_bits_in_any_order() -> None:
     values = torch.randn(37, 100, generator=torch.Generator().manual_seed(1))
     sums = []

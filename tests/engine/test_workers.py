@@ -275,7 +275,7 @@ def play(turn: Round[str], act: Callable[[Piece], Done[str] | Failed]) -> Ran:
     market, stop = Pool(), threading.Event()
 
     def work() -> None:
-        while (taken := market.take()) is not None and not stop.is_set():
+        while (taken := market.take(Round.take)) is not None and not stop.is_set():
             taken[0].done.put((taken[1], act(taken[1])))
 
     worker = threading.Thread(target=work, daemon=True)
@@ -373,6 +373,43 @@ def test_sums_that_are_always_lost_end_the_run() -> None:
 
     with pytest.raises(RunError, match="lost again and again"):
         play(Round([tasks(0)], 0, lambda a, b: a + b, fetch), lambda piece: Done(gave(piece.chunk), "0"))
+
+
+def numbers(turn: Round[str], workers: int, most: int, fits: Callable[[int, int], bool] = lambda number, first: True) -> list[list[int]]:
+    """Take everything, in blocks."""
+    turn.most, found = most, []
+    while block := turn.block(workers, fits):
+        found.append([piece.number for piece in block])
+    return found
+
+
+def test_pieces_go_in_blocks_that_grow_smaller_towards_the_end() -> None:
+    def fresh(count: int) -> Round[str]:
+        return Round([tasks(c) for c in range(count)], 0, lambda a, b: a + b, whole)
+
+    assert [len(block) for block in numbers(fresh(18), 2, 100)] == [4, 4, 4, 2, 2, 1, 1]
+    assert [len(block) for block in numbers(fresh(18), 2, 3)] == [2] * 8 + [1, 1]
+    assert [len(block) for block in numbers(fresh(18), 2, 1)] == [1] * 18
+    assert [len(block) for block in numbers(fresh(6), 8, 100)] == [1] * 6
+    assert numbers(fresh(12), 1, 100, lambda number, first: number not in (5, 8)) == [[0, 1, 2, 3], [4], [6, 7], [9], [10, 11], [5], [8]]
+    turn = fresh(8)
+    first = turn.take()
+    assert first is not None
+    turn.settle(first, Failed("its worker was gone", again=True, counts=False))
+    first.single = True
+    assert numbers(turn, 2, 100) == [[0], [1], [2, 3], [4, 5], [6], [7]]
+
+
+def test_the_sum_of_a_block_is_everybodys() -> None:
+    turn: Round[str] = Round([tasks(c) for c in range(5)], 0, lambda a, b: f"({a}+{b})", lambda part: torch.tensor([float(len(part))]))
+    pieces = [turn.take() for _ in range(5)]
+    totals = [("(0+1)", 1), (None, None), ("2", 0), ("3", 0), ("4", 0)]
+    for piece, (total, level) in reversed(list(zip(pieces, totals, strict=True))):
+        assert piece is not None
+        turn.settle(piece, Done(gave(piece.chunk), total, level))
+    assert turn.complete()
+    assert turn.total is not None
+    assert turn.total.item() == len("(((0+1)+(2+3))+4)")
 
 
 def test_a_round_whose_last_piece_is_given_up_ends_then() -> None:

@@ -89,6 +89,10 @@ def bare(world: World) -> tuple[World, list[Tensor]]:
     return dataclasses.replace(world, data=empty), [data.x, data.y]
 
 
+class StaleError(Exception):
+    """A worker has not got the model that it was told to train: a call before failed on its way in."""
+
+
 class Worker:
     """The actor's class: holds the worlds of the open jobs, trains chunks, adds partial sums.
 
@@ -103,7 +107,7 @@ class Worker:
         self._worlds: dict[int, World] = {}
         self._names: dict[int, tuple[str, ...]] = {}
         self._samples: dict[str, Tensor] = {}
-        self._models: dict[int, Any] = {}  # what each job's clients were sent last
+        self._models: dict[int, tuple[int, Any]] = {}  # what each job's clients were sent last, and its number
 
     def hello(self) -> Hello:
         """Say who this is."""
@@ -136,26 +140,32 @@ class Worker:
         """Return the jobs whose worlds are here, and how many tensors of samples."""
         return sorted(self._worlds), len(self._samples)
 
-    def train(self, job: int, model: Any, chunks: Sequence[Any]) -> tuple[tuple[list[Any], bool], list[Any], Any]:
+    def train(self, job: int, number: int, model: Any, chunks: Sequence[Any]) -> tuple[tuple[list[Any], bool], list[Any], Any]:
         """Train a block of chunks.
 
         Args:
             job: the run.
-            model: what all clients are sent; `None`: what they were sent the last time.
+            number: of the model.
+            model: what all clients are sent; `None`: it is here already.
             chunks: the chunks.
 
         Returns:
             Of every chunk the small part of the result, and the seconds; of every chunk the updates; the sum over all chunks.
+
+        Raises:
+            StaleError: it is not.
         """
         threads.fix(1)  # a method with a group of its own runs on a thread that has not been told
         if model is not None:
-            self._models[job] = unpack(model)
-        params, server = self._models[job]
+            self._models[job] = number, unpack(model)
+        held, (params, server) = self._models.get(job, (None, (None, None)))
+        if held != number:
+            raise StaleError
         heads, updates, sums = [], [], Tree(len(chunks), torch.Tensor.add_)
-        for number, chunk in enumerate(chunks):
+        for place, chunk in enumerate(chunks):
             began = time.perf_counter()
             result = train(self._worlds[job], unpack(chunk)._replace(params=params, server=server))
-            sums.put(number, result.total)
+            sums.put(place, result.total)
             updates.append(result.updates.numpy() if len(result.updates) else None)
             head = pack(result._replace(updates=result.updates[:0].clone(), total=None))
             heads.append((head, time.perf_counter() - began))

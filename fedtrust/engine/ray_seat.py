@@ -6,6 +6,7 @@ Each actor is watched by a thread of its own, so that one that hangs, dies or wa
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 import time
 from collections import deque
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from fedtrust.engine.cohort import Trained
 from fedtrust.engine.pool import Done, Failed, LostError, Piece, Round
-from fedtrust.engine.ray_actor import Hello, pack_chunk, unpack, versions
+from fedtrust.engine.ray_actor import Hello, StaleError, pack_chunk, unpack, versions
 from fedtrust.errors import RunError
 from fedtrust.interrupt import Stopped
 
@@ -93,7 +94,8 @@ class Seat:
         self.hello: Hello | None = None
         self.down, self.why, self.failures, self.mismatch = time.monotonic(), "no room for it", 0, ""
         self.opened: set[int] = set()
-        self._sent: dict[int, Any] = {}  # the model that the worker was sent last, by job
+        self._sent: dict[int, tuple[int, Any]] = {}  # the model that the worker was sent last, and its number, by job
+        self._models = itertools.count()
         self._handed: deque[Handed] = deque()
         self.thread = threading.Thread(target=self._live, name=f"fedtrust-ray-{number}", daemon=True)
         self.thread.start()
@@ -166,6 +168,14 @@ class Seat:
             with contextlib.suppress(Exception):  # it may be dead already
                 self._ray.kill(actor)
 
+    def forget(self, job: int) -> None:
+        """Let the worker drop a run."""
+        self._sent.pop(job, None)
+        actor = self.actor
+        if job in self.opened and actor is not None and not self._pool.closed:
+            self.opened.discard(job)
+            actor.forget.remote(job)
+
     def _get(self, ref: Any, seconds: float | None) -> Any:
         return get(self._ray, self._pool, ref, seconds)
 
@@ -174,9 +184,11 @@ class Seat:
         job, model = turn.owner.number, turn.models[pieces[0].number]
         try:
             call = self.actor.train.options(num_returns=3)
-            known = self._sent.get(job) is model  # calls arrive in order; to hand over a reference costs as much as all the rest
-            refs = call.remote(job, None if known else model, [pack_chunk(piece.chunk) for piece in pieces])
-            self._sent[job] = model
+            count, sent = self._sent.get(job, (-1, None))
+            known = sent is model  # calls arrive in order; to hand over a reference costs as much as all the rest
+            count = count if known else next(self._models)
+            refs = call.remote(job, count, None if known else model, [pack_chunk(piece.chunk) for piece in pieces])
+            self._sent[job] = count, model
             return list(refs)
         except Stopped:
             raise
@@ -191,6 +203,7 @@ class Seat:
         found = self._outcome(handed)
         if not isinstance(found, Failed):
             return found
+        self._sent.pop(handed.turn.owner.number, None)  # who knows whether it arrived
         if len(handed.pieces) > 1 and not found.run:
             found = found._replace(again=True, counts=False)
             for piece in handed.pieces:
@@ -210,6 +223,8 @@ class Seat:
         except errors.RayTaskError as error:  # its code failed; the worker lives
             if isinstance(error.cause, RunError):  # what clients raise is caught where they train: this is the server's rule
                 return Failed(str(error.cause), again=False, run=True)
+            if isinstance(error.cause, StaleError):
+                return Failed("its worker had another model", again=True, counts=False)
             return Failed(f"the worker failed ({said(error)})", again=False)
         except errors.RayError as error:
             self.drop(said(error))

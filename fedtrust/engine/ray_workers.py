@@ -248,10 +248,7 @@ class RayExecutor:
         """Let the workers drop a job."""
         self.pool.stop(job)
         for seat in self.seats:
-            actor = seat.actor
-            if job.number in seat.opened and actor is not None and not self.pool.closed:
-                seat.opened.discard(job.number)
-                actor.forget.remote(job.number)
+            seat.forget(job.number)
         for name in job.names:
             self.shelf.give_back(name)
 

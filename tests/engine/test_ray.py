@@ -264,6 +264,35 @@ def test_a_model_is_sent_again_only_when_it_is_another(pair: RayExecutor, setup:
         assert [len(block) for block in blocks] == [1] * 8  # a block is of one model
 
 
+def refuse() -> None:
+    raise ValueError("not here")
+
+
+class Unreadable(Behaviour):
+    """Gets onto the way to a worker, and not in there."""
+
+    def __reduce__(self) -> Any:
+        return refuse, ()
+
+
+def test_a_call_that_fails_on_its_way_in_leaves_nobody_with_an_old_model(pair: RayExecutor, setup: Setup) -> None:
+    later = setup.params + torch.linspace(-0.3, 0.3, len(setup.params))
+    chunks = [chunk._replace(params=later) for chunk in cut(setup)]
+    bad = [chunk._replace(params=later) for chunk in cut(setup, {c: Unreadable() for c in (0, 3)})]
+    with closing(pair.open(setup.world)) as job:
+        for pace in (1.0, 0.001):
+            job.run(cut(setup))
+            job.pace = pace
+            ran = job.run(bad)
+            assert [list(r.faults) for r in ran.results] == [[0], [3], [], []]
+            assert "not here" in ran.results[0].faults[0]
+            right = local(setup, chunks)
+            kept = {c: u for r in right.results for c, u in zip(r.clients, r.updates, strict=True)}
+            for r in ran.results:
+                for c, u in zip(r.clients, r.updates, strict=True):
+                    torch.testing.assert_close(u, kept[c], rtol=1e-4, atol=1e-5)
+
+
 def test_who_kills_the_worker_of_a_block_costs_its_neighbours_only_time(
     pair: RayExecutor, setup: Setup, tmp_path: Path, blocks: list[list[int]]
 ) -> None:

@@ -256,14 +256,17 @@ def _size(pointer: Any) -> int:
     return 4 if pointer.type.pointee is F32 else 1
 
 
-def blocks(code: Code, channels: int) -> Iterator[tuple[Value, int]]:
-    """Write what follows for every block of channels: yields (the first channel, how many)."""
-    whole = channels // BLOCK * BLOCK
-    if whole:
-        with code.loop(0, whole, BLOCK) as first:
-            yield first, BLOCK
-    if channels > whole:
-        yield whole, channels - whole
+def blocks(code: Code, channels: int, sizes: Sequence[int] = (BLOCK,)) -> Iterator[tuple[Value, int]]:
+    """Write what follows for every block of channels, the large sizes first: yields (the first channel, how many)."""
+    done = 0
+    for size in sizes:
+        end = done + (channels - done) // size * size
+        if end > done:
+            with code.loop(done, end, size) as first:
+                yield first, size
+        done = end
+    if channels > done:
+        yield done, channels - done
 
 
 def evenly(count: int, most: int) -> list[tuple[int, int, int]]:

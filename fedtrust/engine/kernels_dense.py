@@ -10,7 +10,7 @@ from typing import Any
 
 from llvmlite import ir
 
-from fedtrust.engine.jit import F32, FLOATS, I32, Code, Kernel, blocks, evenly, once
+from fedtrust.engine.jit import BLOCK, F32, FLOATS, I32, Code, Kernel, blocks, evenly, once
 
 
 @once
@@ -108,7 +108,8 @@ def dense_input_gradient(samples: int, inputs: int, outputs: int) -> Kernel:
     """
     code = Code([FLOATS, FLOATS, FLOATS])
     g, w, gx = code.arguments
-    for first, lanes in blocks(code, inputs):  # outside: the weights under a block are then at hand for all samples
+    # Outside, so that the weights under a block are at hand for all samples; two cache lines of a row at once, if the registers hold them.
+    for first, lanes in blocks(code, inputs, (2 * BLOCK, BLOCK) if code.host.lanes == BLOCK else (BLOCK,)):
         for sample, tile in _tiles(code, samples):
             sums = _sums(code, tile, lanes)
             with code.loop(0, outputs) as output:

@@ -158,7 +158,7 @@ class RayExecutor:
         self._along = ALONG * 3 // 4 if self._started and not address else 0
         self.node: str = self.ray.get_runtime_context().get_node_id()
         self.pool, self.shelf = Pool(), _Shelf(self.ray)
-        self._numbers = itertools.count()
+        self._numbers, self._rounds = itertools.count(), itertools.count(1)
         self._class = self.ray.remote(concurrency_groups={"sums": 1})(Worker).options(**self._room.options)
         self.seats = [Seat(self, number) for number in range(self.workers)]
 
@@ -213,6 +213,8 @@ class RayExecutor:
         with threads.using(1):  # a second thread would wait for the next addition by spinning, on a core that a worker wants
             ran = self.pool.run(turn, functools.partial(self._tend, job))
         job.pace = max([1e-6, *turn.seconds])
+        if next(self._rounds) % threads.TIDY == 0:
+            threads.give_back()
         return ran
 
     def _parcel(self, chunk: Chunk) -> Any:

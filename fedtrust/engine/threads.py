@@ -128,6 +128,10 @@ def one_heap() -> bool:
     return _tell(_ONE_HEAP)
 
 
+#: After so many rounds memory that nobody holds is given back, which costs the next round some milliseconds.
+TIDY = 4
+
+
 def give_back() -> bool:
     """Give the memory that nobody holds back to the kernel; return whether there was any.
 

@@ -62,8 +62,6 @@ class Executor(Protocol):
 
 #: Seconds that a training thread gets to finish its step when the executor closes.
 _PATIENCE = 3.0
-#: After so many rounds memory that nobody holds is given back, which costs the next round some milliseconds.
-_TIDY = 4
 
 
 class _Hand:
@@ -140,7 +138,7 @@ class LocalExecutor:
         turn: Round[Tensor] = Round(chunks, 0, torch.Tensor.add_, lambda total: total, job)
         with threads.using(1):
             ran = self.pool.run(turn, lambda: self._tend(turn))
-        if next(self._rounds) % _TIDY == 0:
+        if next(self._rounds) % threads.TIDY == 0:
             threads.give_back()
         return ran
 

@@ -2,6 +2,7 @@
 
 A chunk whose worker died is tried again as it is: whoever was shot from outside gives the same bits the second time. A chunk that keeps
 killing its worker, is late, or whose code fails is trained client by client, so that only those who are to blame are dropped, by name.
+Chunks that were handed over together and failed are first handed over again one by one, which counts against nobody.
 """
 
 from __future__ import annotations

@@ -136,7 +136,7 @@ class Seat:
 
     def _pick(self, turn: Round[Any]) -> list[Piece]:
         """Take pieces of a round that are near, and of the same model."""
-        models, homes = turn.models, turn.homes  # type: ignore[attr-defined]
+        models, homes = cast("RayRound", turn).models, cast("RayRound", turn).homes
         node = self.hello.node if self.hello else None
         return turn.block(self._executor.workers, lambda number, first: homes[number] in ("", node) and models[number] is models[first])
 

@@ -155,7 +155,7 @@ class RayExecutor:
                 self.ray.shutdown()
             raise
         self.workers = self._room.workers
-        self._along = ALONG * 3 // 4 if self._started and not address else 0
+        self._along = ALONG if self._started and not address else 0
         self.node: str = self.ray.get_runtime_context().get_node_id()
         self.pool, self.shelf = Pool(), _Shelf(self.ray)
         self._numbers, self._rounds = itertools.count(), itertools.count(1)

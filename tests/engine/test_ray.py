@@ -27,7 +27,7 @@ from fedtrust.engine import ray_start, workers
 from fedtrust.engine.cohort import Chunk, ClientTask
 from fedtrust.engine.partial import Sums
 from fedtrust.engine.pool import Piece
-from fedtrust.engine.ray_actor import Worker
+from fedtrust.engine.ray_actor import Worker, pack_model
 from fedtrust.engine.ray_seat import Seat
 from fedtrust.engine.ray_workers import RayExecutor, RayRound
 from fedtrust.engine.workers import LocalExecutor, Ran
@@ -240,7 +240,11 @@ def blocks(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     return seen
 
 
-def test_quick_chunks_are_handed_over_in_blocks_and_give_the_same_bits(pair: RayExecutor, setup: Setup, blocks: list[list[int]]) -> None:
+@pytest.mark.parametrize("along", [0, ray_start.ALONG], ids=["by reference", "by value"])
+def test_quick_chunks_are_handed_over_in_blocks_and_give_the_same_bits(
+    pair: RayExecutor, setup: Setup, blocks: list[list[int]], monkeypatch: pytest.MonkeyPatch, along: int
+) -> None:
+    monkeypatch.setattr(pair, "_along", along)
     with closing(pair.open(setup.world)) as job:
         for sums in (False, True):
             blocks.clear()
@@ -254,14 +258,34 @@ def test_quick_chunks_are_handed_over_in_blocks_and_give_the_same_bits(pair: Ray
             assert sorted(blocks) == [[0, 1], [2], [3]]
 
 
-def test_a_model_is_sent_again_only_when_it_is_another(pair: RayExecutor, setup: Setup, blocks: list[list[int]]) -> None:
-    honest, other = cut(setup), setup.params + 1
+def test_a_model_is_sent_once_a_round_and_again_when_it_is_another(pair: RayExecutor, setup: Setup, blocks: list[list[int]]) -> None:
+    honest, other = cut(setup), setup.params + torch.linspace(-0.3, 0.3, len(setup.params))
     chunks = [chunk._replace(params=other) if number % 2 else chunk for number, chunk in enumerate(honest)]
     with closing(pair.open(setup.world)) as job:
         for _ in range(2):
-            job.pace = 0.001
-            assert same(job.run(chunks), local(setup, chunks))
-        assert [len(block) for block in blocks] == [1] * 8  # a block is of one model
+            before = {seat: seat._sent.get(job.number, (-1, None))[0] for seat in pair.seats}
+            job.pace = 1.0
+            assert same(job.run(honest), local(setup, honest))
+            after = {seat: seat._sent.get(job.number, (-1, None))[0] for seat in pair.seats}
+            assert 1 <= len([seat for seat in pair.seats if after[seat] != before[seat]]) <= 2
+            assert all(after[seat] - before[seat] <= 1 for seat in pair.seats if before[seat] >= 0)
+        blocks.clear()
+        job.pace = 0.001
+        assert same(job.run(chunks), local(setup, chunks))
+        assert [len(block) for block in blocks] == [1] * 4  # a block is of one model
+
+
+def test_a_worker_without_the_model_that_it_is_thought_to_have_is_sent_it(
+    pair: RayExecutor, setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chunks = cut(setup)
+    parcel = pack_model(chunks[0])
+    monkeypatch.setattr(pair, "_parcel", lambda chunk: parcel)
+    with closing(pair.open(setup.world)) as job:
+        job.run(chunks)
+        for seat in pair.seats:
+            seat._sent[job.number] = 10**6, parcel
+        assert same(job.run(chunks), local(setup, chunks))
 
 
 def refuse() -> None:
@@ -558,8 +582,7 @@ import ray, numpy as np, psutil
 from fedtrust.client import Behaviour
 from fedtrust.engine import ray_start
 from fedtrust.engine.cohort import Chunk, ClientTask
-from fedtrust.engine.ray_seat import Seat
-from fedtrust.engine.ray_workers import RayExecutor, RayRound
+from fedtrust.engine.ray_workers import RayExecutor
 from fedtrust.scenario import parse
 from fedtrust.setup import build
 from tests.conftest import SMALL
